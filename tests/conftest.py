@@ -1,0 +1,86 @@
+"""Tiny random models, made once per test session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+# No test may reach for the Hub; the one that tests it starts a server of its own.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parent.parent
+TASKS = Path(__file__).parent / "tasks"
+CHARACTERS = "abcdefghij 東京タワー。\n"
+
+
+@dataclass(frozen=True)
+class Trio:
+    """Folders of three models of one family."""
+
+    target: Path
+    base: Path
+    tuned: Path
+
+    def flags(self) -> list[str]:
+        return [
+            *("--target_model", str(self.target)),
+            *("--base_model", str(self.base)),
+            *("--tuned_model", str(self.tuned)),
+        ]
+
+
+def save_tokenizer(folder: Path, characters: str = CHARACTERS) -> None:
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+
+
+def save_mistral(folder: Path, *, seed: int, drift_from: Path | None = None, **changes: object) -> Path:
+    """A random Mistral; with `drift_from`, that model plus small noise, as if tuned from it."""
+    settings: Mapping[str, object] = {
+        "vocab_size": len(CHARACTERS) + 3,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.3,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+        **changes,
+    }
+    torch.manual_seed(seed)
+    model = MistralForCausalLM(MistralConfig(**settings))  # type: ignore[arg-type]
+    if drift_from is not None:
+        start = MistralForCausalLM.from_pretrained(drift_from, dtype=torch.float32)
+        with torch.no_grad():
+            for ours, theirs in zip(model.parameters(), start.parameters(), strict=True):
+                ours.mul_(0.5).add_(theirs)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trio(tmp_path_factory: pytest.TempPathFactory) -> Trio:
+    root = tmp_path_factory.mktemp("trio")
+    base = save_mistral(root / "base", seed=0)
+    return Trio(
+        base=base,
+        target=save_mistral(root / "target", seed=1, drift_from=base),
+        tuned=save_mistral(root / "tuned", seed=2, drift_from=base),
+    )

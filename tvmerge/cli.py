@@ -1,0 +1,99 @@
+"""The command line: flags and YAML in, one line out for every error.
+
+Exit status: 0 done, 1 the run failed, 2 what was given cannot work, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from tvmerge import __version__
+from tvmerge.config import ApplyConfig, JglueConfig
+from tvmerge.errors import InputError, TvmergeError
+
+__all__ = ["main"]
+
+
+def _run_jglue(config: JglueConfig) -> None:
+    from tvmerge.run import jglue
+
+    jglue(config)
+
+
+def _run_apply(config: ApplyConfig) -> None:
+    from tvmerge.recipe import apply_recipe
+
+    apply_recipe(Path(config.recipe), output=Path(config.output_dir), cache_dir=config.cache_dir)
+    print(f"{config.output_dir}: the model of {config.recipe}")
+
+
+#: Command → its configuration and what runs it. Heavy modules are imported when a command runs, not before.
+COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
+    "jglue": (JglueConfig, _run_jglue),
+    "apply": (ApplyConfig, _run_apply),
+}
+
+#: Settings that are given without a flag.
+POSITIONAL = {"recipe": "a recipe.yaml that a run has written"}
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="tvmerge",
+        description="Find, prove and save a better merge of language models: target + Σ w·(tuned − base).",
+        exit_on_error=False,
+        version=__version__,
+    )
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, (config_class, _) in COMMANDS.items():
+        command = ArgumentParser(exit_on_error=False, description=(config_class.__doc__ or "").partition("\n")[0])
+        command.add_argument("--config", action="config", help="YAML file with these settings; flags win over it")
+        command.add_class_arguments(config_class, None, as_group=False, skip={*POSITIONAL})
+        for argument, text in POSITIONAL.items():
+            if argument in {field.name for field in fields(config_class)}:
+                command.add_argument(argument, type=str, help=text)
+        commands.add_subcommand(name, command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        The exit status.
+    """
+    command = "tvmerge"
+    try:
+        arguments = _parser().parse_args(None if argv is None else list(argv))
+        command = f"tvmerge {arguments.command}"
+        values = arguments[arguments.command].as_dict()
+        values.pop("config", None)
+        config_class, run = COMMANDS[arguments.command]
+        run(config_class(**values))
+    except argparse.ArgumentError as error:
+        return _complain(command, error, status=2, hint=" (see tvmerge --help)")
+    except TvmergeError as error:
+        return _complain(command, error, status=2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        print(f"\n{command}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _complain(command: str, error: Exception, *, status: int, hint: str = "") -> int:
+    print(f"{command}: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+    return status
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

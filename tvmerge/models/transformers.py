@@ -1,0 +1,130 @@
+"""A live model of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from tvmerge.errors import CheckpointError, IncompatibleError
+from tvmerge.state_dict import StateDict
+
+__all__ = ["TransformersModel", "unread_tensors"]
+
+
+def unread_tensors(folder: Path, checkpoint_names: Sequence[str]) -> list[str]:
+    """Checkpoint tensors that the model does not hold as its own: duplicates of a tied tensor, stale buffers.
+
+    Builds the model without memory for its weights and reads no weight.
+
+    Args:
+        folder: a model folder with its config.json.
+        checkpoint_names: names of the tensors in its files.
+
+    Raises:
+        CheckpointError: transformers does not know the architecture.
+        IncompatibleError: a parameter of the model is in no tensor of the checkpoint.
+    """
+    _be_quiet()
+    with _explained(folder), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
+    live = _live_tensors(model, checkpoint_names)
+    return [name for name in checkpoint_names if name not in live]
+
+
+class TransformersModel:
+    """A causal language model and its tokenizer, whose weights are replaced in place.
+
+    Args:
+        model: in evaluation mode, on its device.
+        tokenizer: the tokenizer of the same folder.
+        checkpoint_names: how the checkpoint spells the tensors.
+
+    Raises:
+        IncompatibleError: a parameter of the model is in no tensor of the checkpoint.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpoint_names: Sequence[str]
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._live = _live_tensors(model, checkpoint_names)
+
+    @classmethod
+    def from_folder(cls, folder: Path, *, checkpoint_names: Sequence[str], device: str) -> TransformersModel:
+        """Load a model folder, in the dtype that loading it anywhere else would give.
+
+        Args:
+            folder: configuration, tokenizer and safetensors weights.
+            checkpoint_names: names of the tensors in its files.
+            device: as torch spells it.
+
+        Raises:
+            CheckpointError: transformers cannot load it.
+        """
+        _be_quiet()
+        with _explained(folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False
+            )
+        model.to(torch.device(device)).eval()  # type: ignore[arg-type]
+        return cls(model, tokenizer, checkpoint_names)
+
+    def load(self, state_dict: StateDict) -> None:
+        """Fill the model in place; a tied tensor is written once.
+
+        Args:
+            state_dict: all tensors of the model, spelled as in its checkpoint.
+        """
+        with torch.no_grad():
+            for name in state_dict.names:
+                state_dict.read(name, out=self._live[name])
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Turn what transformers raises on a folder it cannot load into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())}") from error
+
+
+def _be_quiet() -> None:
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+def _live_tensors(model: PreTrainedModel, checkpoint_names: Sequence[str]) -> Mapping[str, Tensor]:
+    """Checkpoint name → the model's tensor, each tensor once."""
+    # Parameters under their first name: of tied tensors that is the embedding, never the head.
+    owned = dict(model.named_parameters())
+    live: dict[str, Tensor] = dict(owned)
+    buffers = dict(model.named_buffers())
+    live.update({name: buffers[name] for name in buffers if name in model.state_dict()})
+    prefix = model.base_model_prefix + "."
+    found = {}
+    for name in checkpoint_names:
+        # A checkpoint of the bare decoder lacks the prefix that the model with a head adds.
+        for spelling in (name, prefix + name):
+            if spelling in live:
+                found[name] = live.pop(spelling)
+                break
+    unfilled = sorted(owned.keys() & live.keys())
+    if unfilled:
+        raise IncompatibleError(
+            f"{len(unfilled)} of {len(owned)} parameters of {type(model).__name__} are in no tensor of its checkpoint, "
+            f"the first is {unfilled[0]}: this architecture stores its weights under other names, "
+            "which is not supported yet"
+        )
+    return found

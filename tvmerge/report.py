@@ -1,0 +1,116 @@
+"""What a run says of its result: the score table, the verdict, the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import yaml
+
+from tvmerge.evaluators import QuestionScore, mean_score, task_scores
+from tvmerge.recipe import Recipe
+from tvmerge.search import Gain, paired_gain
+
+__all__ = ["Candidate", "model_card", "score_table", "verdict"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model in the table."""
+
+    label: str  # the column's head
+    scores: Sequence[QuestionScore]
+
+
+def score_table(candidates: Sequence[Candidate]) -> str:
+    """A Markdown table, aligned for a terminal: a row for each task and one for their mean, a column for each model.
+
+    Args:
+        candidates: models scored on the same questions, in the order of their columns.
+    """
+    by_task = [task_scores(candidate.scores) for candidate in candidates]
+    counts = {task: sum(s.task == task for s in candidates[0].scores) for task in by_task[0]}
+    rows = [["task", "questions", *(candidate.label for candidate in candidates)]]
+    rows += [[task, str(n), *(_number(scores[task]) for scores in by_task)] for task, n in counts.items()]
+    means = [_number(mean_score(candidate.scores)) for candidate in candidates]
+    rows.append(["**mean**", str(sum(counts.values())), *means])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [_row(row, widths) for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+    padded[0] = cells[0].ljust(widths[0])
+    return "| " + " | ".join(padded) + " |"
+
+
+def _number(score: float | None) -> str:
+    return "unscored" if score is None else f"{score:.3f}"
+
+
+def verdict(best: Candidate, references: Sequence[Candidate], *, heldout: bool) -> str:
+    """In words: is the best merge better than each of the other models, on the questions of the table?
+
+    Args:
+        best: the model that the run recommends.
+        references: the models it is compared with.
+        heldout: whether the search never saw these questions.
+    """
+    lines = []
+    for reference in references:
+        gain = paired_gain(best.scores, reference.scores)
+        if gain is None:
+            continue
+        difference = f"{gain.mean:+.3f} ± {gain.standard_error:.3f} (standard error)"
+        lines.append(f"{best.label} is {_comparison(gain)} {reference.label}: {difference}")
+    where = "questions that the search did not see" if heldout else "the very questions that were searched on"
+    return f"On {where}:\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _comparison(gain: Gain) -> str:
+    if not gain.is_clear:
+        return "not clearly different from"
+    return "clearly better than" if gain.mean > 0 else "clearly worse than"
+
+
+def model_card(recipe: Recipe, *, table: str, verdict_text: str, weights: Mapping[str, float]) -> str:
+    """README.md of the merged model, as the Hub reads it."""
+    metadata: dict[str, object] = {"library_name": "transformers", "tags": ["merge", "tvmerge"]}
+    # The Hub takes ids only, and refuses a folder of somebody's machine.
+    of_hub = [source["model"] for source in (recipe.target, recipe.base, recipe.tuned) if source["revision"]]
+    if of_hub:
+        metadata["base_model"] = of_hub
+    header = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    weight_rows = "\n".join(f"| {name} | {weight:.4f} |" for name, weight in weights.items())
+    return f"""---
+{header}---
+
+# A merge found by tvmerge
+
+`target + Σ w·(tuned − base)`, with one weight per {recipe.granularity if recipe.granularity != "all" else "tensor"}.
+
+- target: `{_source(recipe.target)}`
+- base: `{_source(recipe.base)}`
+- tuned: `{_source(recipe.tuned)}`
+
+`tvmerge apply recipe.yaml --output_dir DIR` rebuilds this model from them.
+
+## Scores
+
+{table}
+
+{verdict_text}
+
+## Weights
+
+| weight | value |
+|---|---:|
+{weight_rows}
+"""
+
+
+def _source(source: Mapping[str, str | None]) -> str:
+    revision = source.get("revision")
+    return f"{source['model']}@{revision}" if revision else str(source["model"])

@@ -1,0 +1,248 @@
+"""A study: create or resume it, run its trials, keep what was scored.
+
+A run that was killed at any moment goes on with the same command and ends with the same result. Three things make it
+so. Weights are a function of the finished trials, the seed and the trial's number (samplers.py). A trial that was
+under way is taken up again under its own number. Scores are written before the trial is marked as finished, and lines
+of trials that are not finished are dropped when the study is opened again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from filelock import FileLock, Timeout
+from optuna.distributions import FloatDistribution
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from tvmerge.errors import RunError, StudyError
+from tvmerge.evaluators import QuestionScore, mean_score, task_scores
+from tvmerge.files import write_text
+from tvmerge.samplers import SeededSampler
+
+__all__ = ["MergeStudy", "ScoreLog", "TrialResult"]
+
+STUDY_NAME = "tvmerge"
+#: A run stops after so many failed trials in a row: the cause will not go away by itself.
+MAX_FAILURES_IN_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """A finished and scored trial."""
+
+    number: int
+    weights: Mapping[str, float]
+    score: float
+
+
+class ScoreLog:
+    """scores.jsonl: one line for each question that a model was scored on.
+
+    Keys: `model` (`merge`, at the weights of `trial`, or `tuned`), `trial` (null for `tuned`), `split` (`search` or
+    `heldout`), `task`, `question` (index in the task), `score` (null: unscored).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All whole lines; one that was torn by a kill is left out."""
+        if not self.path.exists():
+            return []
+        whole = self.path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in whole if line]
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop all other lines."""
+        write_text(self.path, "".join(_line(entry) for entry in self.lines() if wanted(entry)))
+
+    def append(self, scores: Iterable[QuestionScore], *, model: str, trial: int | None, split: str) -> None:
+        """Add a model's scores and flush them to the disk."""
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
+            for score in scores:
+                file.write(_line({"model": model, "trial": trial, "split": split, **asdict(score)}))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def replace(self, scores: Iterable[QuestionScore], *, model: str, trial: int | None, split: str) -> None:
+        """As `append`, after dropping what a kill left of the same scores."""
+        same = {"model": model, "trial": trial, "split": split}
+        self.keep(lambda line: not same.items() <= line.items())
+        self.append(scores, model=model, trial=trial, split=split)
+
+    def find(self, *, model: str, trial: int | None, split: str) -> list[QuestionScore]:
+        """The scores of one model on one split, in the order they were written."""
+        wanted = {"model": model, "trial": trial, "split": split}
+        return [
+            QuestionScore(task=entry["task"], question=entry["question"], score=entry["score"])
+            for entry in self.lines()
+            if wanted.items() <= entry.items()
+        ]
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+class MergeStudy:
+    """An Optuna study in `output_dir/study.db`, created or resumed, and held by one process at a time.
+
+    Args:
+        output_dir: an existing folder.
+        identity: what makes it the same study: every setting that a score depends on, as plain JSON values.
+        weight_names: names of the weights, in a stable order.
+        weight_range: least and greatest weight.
+        sampler: a key of SAMPLERS.
+        seed: of the sampler.
+        uniform: uniform weights of the first trials.
+
+    Raises:
+        StudyError: the folder holds a study of another identity, or another process runs in it.
+    """
+
+    def __init__(
+        self,
+        *,
+        output_dir: Path,
+        identity: Mapping[str, Any],
+        weight_names: Sequence[str],
+        weight_range: tuple[float, float],
+        sampler: str,
+        seed: int,
+        uniform: Sequence[float],
+    ) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._lock = _lock(output_dir)
+        self._weight_names = list(weight_names)
+        self._range = weight_range
+        self._uniform = list(uniform)
+        ranges = {name: FloatDistribution(*weight_range) for name in weight_names}
+        first = [dict.fromkeys(weight_names, weight) for weight in uniform]
+        self.scores = ScoreLog(output_dir / "scores.jsonl")
+        self._study = optuna.create_study(
+            study_name=STUDY_NAME,
+            storage=f"sqlite:///{output_dir / 'study.db'}",
+            sampler=SeededSampler(name=sampler, seed=seed, search_space=ranges, first=first),
+            direction="maximize",
+            load_if_exists=True,
+        )
+        self._check_identity(output_dir, json.loads(json.dumps(identity)))
+        finished = {trial.number for trial in self._trials(TrialState.COMPLETE)}
+        self.scores.keep(lambda line: line["split"] == "heldout" or line["trial"] in finished)
+
+    def _check_identity(self, output_dir: Path, identity: dict[str, Any]) -> None:
+        known = self._study.user_attrs.get("identity")
+        if known is None:
+            self._study.set_user_attr("identity", identity)
+            return
+        different = sorted(key for key in known.keys() | identity.keys() if known.get(key) != identity.get(key))
+        if different:
+            was = ", ".join(f"{key} was {known.get(key)!r} and is {identity.get(key)!r}" for key in different)
+            self.close()
+            raise StudyError(f"{output_dir} holds a study of another configuration: {was}: name another --output_dir")
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        self._lock.release()
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False, states=states)
+
+    @property
+    def n_finished(self) -> int:
+        """Number of trials that were scored or have failed."""
+        return len(self._trials(TrialState.COMPLETE, TrialState.FAIL))
+
+    @property
+    def n_uniform(self) -> int:
+        """How many of the first trials have one weight for all."""
+        return len(self._uniform)
+
+    def last_failure(self) -> str:
+        """Why the last failed trial failed."""
+        failed = self._trials(TrialState.FAIL)
+        return f"trial {failed[-1].number}: {failed[-1].user_attrs['failure']}" if failed else "no trial failed"
+
+    def results(self) -> list[TrialResult]:
+        """All scored trials, by number."""
+        return [_result(trial) for trial in self._trials(TrialState.COMPLETE)]
+
+    def best(self) -> TrialResult:
+        """The trial of the highest score; of equal ones the first.
+
+        Raises:
+            RunError: no trial was scored.
+        """
+        results = self.results()
+        if not results:
+            raise RunError("no trial was scored, see the reasons above")
+        return max(results, key=lambda result: (result.score, -result.number))
+
+    def run_trial(self, evaluate: Callable[[Mapping[str, float]], Sequence[QuestionScore]]) -> TrialResult | None:
+        """Run one trial: the one that a kill left unfinished, if there is one, else a new one.
+
+        Args:
+            evaluate: weights → a score for each question.
+
+        Returns:
+            None if the trial failed; it is recorded as failed, with its weights and the reason.
+
+        Raises:
+            RunError: the last trials all failed.
+        """
+        unfinished = self._trials(TrialState.RUNNING)
+        trial = Trial(self._study, unfinished[0]._trial_id) if unfinished else self._study.ask()
+        weights = self._weights(trial)
+        started = time.monotonic()
+        try:
+            scores = evaluate(weights)
+            score = mean_score(scores)
+            if score is None:
+                raise RunError("no question of a task could be scored")
+        except Exception as error:  # noqa: BLE001 - whatever breaks a trial is recorded with it
+            self._fail(trial, error)
+            return None
+        trial.set_user_attr("task_scores", task_scores(scores))
+        trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
+        self.scores.append(scores, model="merge", trial=trial.number, split="search")
+        self._study.tell(trial, score)
+        return TrialResult(number=trial.number, weights=weights, score=score)
+
+    def _weights(self, trial: Trial) -> dict[str, float]:
+        low, high = self._range
+        if trial.number < len(self._uniform) and not low <= self._uniform[trial.number] <= high:
+            # A baseline outside of the range cannot be an Optuna parameter of it.
+            weights = dict.fromkeys(self._weight_names, self._uniform[trial.number])
+            trial.set_user_attr("weights", weights)
+            return weights
+        return {name: trial.suggest_float(name, low, high) for name in self._weight_names}
+
+    def _fail(self, trial: Trial, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        trial.set_user_attr("failure", reason)
+        self._study.tell(trial, state=TrialState.FAIL)
+        last = self._trials(TrialState.COMPLETE, TrialState.FAIL)[-MAX_FAILURES_IN_A_ROW:]
+        if len(last) == MAX_FAILURES_IN_A_ROW and all(t.state == TrialState.FAIL for t in last):
+            raise RunError(f"{MAX_FAILURES_IN_A_ROW} trials in a row failed, the last with {reason}") from error
+
+
+def _result(trial: FrozenTrial) -> TrialResult:
+    weights = trial.user_attrs.get("weights", trial.params)
+    assert trial.value is not None, "a complete trial has a value"
+    return TrialResult(number=trial.number, weights=weights, score=trial.value)
+
+
+def _lock(output_dir: Path) -> FileLock:
+    lock = FileLock(output_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise StudyError(f"{output_dir}: another run is using this folder, wait for it or name another one") from None
+    return lock
