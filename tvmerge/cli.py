@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(command, error, status=2, hint=" (see tvmerge --help)")
     except TvmergeError as error:
         return _complain(command, error, status=2 if isinstance(error, InputError) else 1)
+    except OSError as error:  # a full disk, a folder that has gone
+        return _complain(command, error, status=1)
     except KeyboardInterrupt:
         print(f"\n{command}: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130

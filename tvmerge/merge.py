@@ -54,9 +54,7 @@ class Merge:
         """
         if set(weights) != set(self.weight_names):
             different = sorted(set(weights) ^ set(self.weight_names))
-            raise ValueError(
-                f"weights must be given for exactly {len(self.weight_names)} names; differing: {different}"
-            )
+            raise ValueError(f"weights are needed for the names of the merge and no others; different: {different}")
         return MergedStateDict(self, weights)
 
 

@@ -222,7 +222,8 @@ class JglueRun:
         table = score_table(candidates)
         words = verdict(candidates[-1], candidates[:-1], heldout=self.config.holdout > 0)
         if best.number == 0:
-            words = f"Nothing that was tried scored higher than the target: the best merge is the target itself.\n\n{words}"
+            nothing = "Nothing that was tried scored higher than the target: the best merge is the target itself."
+            words = f"{nothing}\n\n{words}"
         recipe = self._recipe(best, candidates[-1].scores)
         output = Path(self.config.output_dir) / "best"
         if not _is_written(recipe, output):

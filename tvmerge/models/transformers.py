@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging
 
 from tvmerge.errors import CheckpointError, IncompatibleError
@@ -106,25 +108,23 @@ def _be_quiet() -> None:
 
 
 def _live_tensors(model: PreTrainedModel, checkpoint_names: Sequence[str]) -> Mapping[str, Tensor]:
-    """Checkpoint name → the model's tensor, each tensor once."""
+    """Checkpoint name → the model's tensor, each tensor once. transformers itself says which name becomes which."""
     # Parameters under their first name: of tied tensors that is the embedding, never the head.
     owned = dict(model.named_parameters())
-    live: dict[str, Tensor] = dict(owned)
-    buffers = dict(model.named_buffers())
-    live.update({name: buffers[name] for name in buffers if name in model.state_dict()})
-    prefix = model.base_model_prefix + "."
+    known = model.state_dict()
+    live = {**owned, **{name: buffer for name, buffer in model.named_buffers() if name in known}}
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     found = {}
     for name in checkpoint_names:
-        # A checkpoint of the bare decoder lacks the prefix that the model with a head adds.
-        for spelling in (name, prefix + name):
-            if spelling in live:
-                found[name] = live.pop(spelling)
-                break
+        renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        if converter is None and renamed in live:
+            found[name] = live.pop(renamed)
     unfilled = sorted(owned.keys() & live.keys())
     if unfilled:
         raise IncompatibleError(
-            f"{len(unfilled)} of {len(owned)} parameters of {type(model).__name__} are in no tensor of its checkpoint, "
-            f"the first is {unfilled[0]}: this architecture stores its weights under other names, "
-            "which is not supported yet"
+            f"{len(unfilled)} of {len(owned)} parameters of {type(model).__name__} are no single tensor of its "
+            f"checkpoint, the first is {unfilled[0]}: such an architecture is not supported yet"
         )
     return found

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Searches the weights of target + w * (tuned - base) that score best on JGLUE-style tasks, and saves the best model.
+# Edit the variables; `python -m tvmerge jglue --help` explains each. The same command again goes on where it stopped.
+set -euo pipefail
+source "$(dirname "$0")/setup_env.sh"
+
+# Models: a local folder, a Hub id, or id@revision. These are toys of 0.7 M parameters that come with the code.
+TARGET_MODEL=demo/models/target
+BASE_MODEL=demo/models/base
+TUNED_MODEL=demo/models/tuned
+
+# Tasks: lm-eval's by name, or those of TASK_DIR.
+JGLUE_TASKS=toy_jcommonsenseqa,toy_jnli,toy_marc_ja,toy_jsquad
+JGLUE_LIMIT=100
+TASK_DIR=demo/tasks
+
+# Search
+OPTIMIZE_MODE=layer # all, layer, parameter
+OPTUNA_SAMPLER=TPE  # TPE, CMA-ES
+WEIGHT_MIN=0
+WEIGHT_MAX=2
+N_TRIALS=30
+OPTUNA_SEED=42
+
+OUTPUT_DIR=output
+
+python -m tvmerge jglue \
+  --target_model "$TARGET_MODEL" \
+  --base_model "$BASE_MODEL" \
+  --tuned_model "$TUNED_MODEL" \
+  --jglue_tasks "$JGLUE_TASKS" \
+  --jglue_limit "$JGLUE_LIMIT" \
+  --task_dir "$TASK_DIR" \
+  --optimize_mode "$OPTIMIZE_MODE" \
+  --optuna_sampler "$OPTUNA_SAMPLER" \
+  --weight_min "$WEIGHT_MIN" \
+  --weight_max "$WEIGHT_MAX" \
+  --n_trials "$N_TRIALS" \
+  --optuna_seed "$OPTUNA_SEED" \
+  --batch_size 64 \
+  --output_dir "$OUTPUT_DIR" \
+  "$@"

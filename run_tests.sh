@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Checks the code and runs the tests. `./run_tests.sh --full` also runs the long ones; other arguments go to pytest.
+set -euo pipefail
+source "$(dirname "$0")/setup_env.sh"
+
+full=
+if [ "${1:-}" = --full ]; then
+  full=--full
+  shift
+fi
+ruff check .
+ruff format --check .
+mypy
+python -m pytest $full "$@"

@@ -1,0 +1,22 @@
+# Sourced by the run_*.sh scripts: makes a virtual environment if none is active, and installs what is needed, once.
+
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-base}" = base ]; then
+  if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+    echo "tvmerge needs Python 3.10 or newer; python3 is $(python3 --version 2>&1 || true)" >&2
+    exit 2
+  fi
+  # venv writes the activate script last: without it an earlier attempt was cut off.
+  [ -f .venv/bin/activate ] || python3 -m venv --clear .venv
+  # shellcheck disable=SC1091
+  source .venv/bin/activate
+fi
+
+installed="${VIRTUAL_ENV:-$CONDA_PREFIX}/.tvmerge-installed"
+if ! cmp -s <(cat requirements.txt pyproject.toml; pwd) "$installed"; then
+  echo "Installing what tvmerge needs, once ..." >&2
+  python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+  python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+  cat requirements.txt pyproject.toml <(pwd) > "$installed"
+fi

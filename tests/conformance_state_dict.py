@@ -1,0 +1,33 @@
+"""What every lazy state dict must do. `check_state_dict` runs over all implementations in test_state_dict.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tvmerge.state_dict import StateDict
+
+
+def check_state_dict(state_dict: StateDict) -> None:
+    """Names are sorted, specs hold without reading, reading is repeatable and fills a given output."""
+    names = list(state_dict.names)
+    assert names
+    assert names == sorted(set(names))
+    for name in names:
+        spec = state_dict.spec(name)
+        tensor = state_dict.read(name)
+        assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype)
+        assert spec.nbytes == tensor.nbytes
+        assert torch.equal(state_dict.read(name), tensor)
+        out = torch.empty(spec.shape, dtype=spec.dtype)
+        assert state_dict.read(name, out=out) is out
+        assert torch.equal(out, tensor)
+        wide = torch.empty(spec.shape, dtype=torch.float64)
+        assert torch.equal(state_dict.read(name, out=wide), tensor.double())
+        kept = tensor.clone()
+        out.add_(1)
+        assert torch.equal(state_dict.read(name), kept), "writing into an output changed the source"
+    with pytest.raises(KeyError):
+        state_dict.spec("no.such.tensor")
+    with pytest.raises(KeyError):
+        state_dict.read("no.such.tensor")

@@ -1,0 +1,242 @@
+"""The command line: one line for everything that cannot work, before anything is written."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import CHARACTERS, ROOT, TASKS, Trio, save_mistral, save_tokenizer
+from safetensors.torch import load_file, save_file
+
+from tvmerge.cli import COMMANDS, main
+
+
+def flags(trio: Trio, output: Path, *more: str) -> list[str]:
+    tasks = ["--jglue_tasks", "tiny_choice,tiny_extract", "--task_dir", str(TASKS)]
+    return ["jglue", *trio.flags(), *tasks, "--n_trials", "2", "--output_dir", str(output), *more]
+
+
+def assert_refused(arguments: list[str], message: str, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    existed = output.exists()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("tvmerge")
+    assert message in lines[0]
+    assert output.exists() == existed, "something was written"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--target_model", "no/such/folder"], "model no/such/folder: no such folder"),
+        (["--target_model", ""], "--target_model is empty"),
+        (["--jglue_tasks", "tiny_choice,tiny_choise"], "unknown tasks: tiny_choise"),
+        (["--jglue_tasks", "tiny_choice,tiny_choice"], "--jglue_tasks must name different tasks"),
+        (["--jglue_tasks", ""], "--jglue_tasks must name"),
+        (["--jglue_tasks", "tiny_perplexity"], "has no accuracy"),
+        (["--task_dir", "nowhere"], "--task_dir nowhere: no such folder"),
+        (["--optimize_mode", "layers"], "Got value: layers"),
+        (["--optuna_sampler", "tpe"], "Got value: tpe"),
+        (["--weight_min", "1", "--weight_max", "1"], "--weight_min must be less than --weight_max, got 1.0 and 1.0"),
+        (["--weight_max", ".inf"], "--weight_max must be a finite number"),
+        (["--weight_min", "abc"], "Got value: abc"),
+        (["--jglue_limit", "5,6,7"], "--jglue_limit must be one number or one for each of the 2 tasks, got 3"),
+        (["--jglue_limit", "5,x"], "--jglue_limit must be whole numbers"),
+        (["--jglue_limit", "0"], "--jglue_limit must be at least 1"),
+        (["--n_trials", "1"], "--n_trials must be at least 2"),
+        (["--optuna_seed", "-1"], "--optuna_seed must be at least 0"),
+        (["--holdout", "1"], "--holdout must be a share"),
+        (["--holdout", "0.99"], "too few to hold out"),
+        (["--batch_size", "0"], "--batch_size must be at least 1"),
+        (["--device", "cuda:99"], "--device cuda:99: cannot be used here"),
+        (["--device", "abacus"], "--device abacus: cannot be used here"),
+        (["--no_such_flag", "1"], "--no_such_flag"),
+        (["--config", "no.yaml"], "no.yaml"),
+    ],
+)
+def test_a_bad_flag_is_refused(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    output = tmp_path / "out"
+    assert_refused(flags(trio, output, *more), message, output, capsys)
+
+
+def _other_depth(folder: Path) -> None:
+    save_mistral(folder, seed=0, num_hidden_layers=3)
+
+
+def _other_vocabulary_size(folder: Path) -> None:
+    save_mistral(folder, seed=0, vocab_size=len(CHARACTERS) + 5)
+
+
+def _other_tokens(folder: Path) -> None:
+    save_tokenizer(folder, characters=CHARACTERS[::-1])
+
+
+def _missing_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def _truncated_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _pickled_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def _lost_tensor(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("role", ["target", "base", "tuned"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_other_depth, "layers.2"),
+        (_other_vocabulary_size, "vocabularies of"),
+        (_other_tokens, "the vocabularies of"),
+        (_missing_weights, "holds neither model.safetensors nor"),
+        (_truncated_weights, "not a whole safetensors file"),
+        (_pickled_weights, "pickled weights only"),
+        (_lost_tensor, "model.norm.weight"),
+    ],
+)
+def test_a_bad_model_is_refused(
+    trio: Trio,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    role: str,
+    damage: Callable[[Path], None],
+    message: str,
+) -> None:
+    folder, output = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(getattr(trio, role), folder)
+    damage(folder)
+    capsys.readouterr()
+    assert_refused(flags(trio, output, f"--{role}_model", str(folder)), message, output, capsys)
+
+
+def test_a_bad_output_folder_is_refused(trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for output in (file, file / "below"):
+        assert_refused(flags(trio, output), f"{file} is a file", output, capsys)
+    foreign = tmp_path / "foreign"
+    (foreign / "best").mkdir(parents=True)
+    assert_refused(flags(trio, foreign), "holds a 'best' that no study made", foreign, capsys)
+    assert file.read_text() == "mine"
+
+
+def test_a_folder_without_permission_is_refused(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tests may run as root, whom no permission stops: the answer of the operating system is what is tested here.
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    assert_refused(flags(trio, tmp_path / "out"), f"no permission to write in {tmp_path}", tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "command"),
+        (["merge"], "merge"),
+        (["jglue"], "target_model"),
+        (["apply"], "recipe"),
+        (["apply", "none.yaml", "--output_dir", "out"], "none.yaml: no such recipe"),
+    ],
+)
+def test_an_incomplete_command_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert_refused(arguments, message, tmp_path / "out", capsys)
+
+
+def printed_config(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--print_config"])
+    assert stopped.value.code == 0
+    config: dict[str, object] = yaml.safe_load(capsys.readouterr().out)
+    return config
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                **{f"{role}_model": str(getattr(trio, role)) for role in ("target", "base", "tuned")},
+                "jglue_tasks": ["a", "b"],
+                "jglue_limit": [5, 6],
+                "n_trials": 7,
+                "weight_max": 1.5,
+            }
+        )
+    )
+    config = printed_config(["jglue", "--config", str(file), "--n_trials", "9", "--jglue_limit", "3"], capsys)
+    assert (config["n_trials"], config["weight_max"], config["weight_min"]) == (9, 1.5, 0.0)
+    assert config["jglue_tasks"] == ["a", "b"]
+    assert config["jglue_limit"] == 3
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(config))
+    assert printed_config(["jglue", "--config", str(again)], capsys) == config
+
+
+def test_a_configuration_with_an_unknown_key_is_refused(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("n_trails: 7\n")
+    assert_refused(flags(trio, tmp_path / "out", "--config", str(file)), "n_trails", tmp_path / "out", capsys)
+    file.write_text("n_trials: [7\n")
+    assert_refused(flags(trio, tmp_path / "out", "--config", str(file)), "parsing", tmp_path / "out", capsys)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*command.split(), "--help"])
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    if command:
+        described = COMMANDS[command][0].__doc__ or ""
+        for line in described.partition("Args:\n")[2].strip().splitlines():
+            assert " ".join(line.partition(": ")[2].split()) in text
+
+
+def test_help_takes_less_than_a_second() -> None:
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "tvmerge", "--help"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 1
+
+
+def test_import_is_light() -> None:
+    heavy = "'torch', 'transformers', 'lm_eval', 'optuna', 'datasets'"
+    code = f"import sys, tvmerge, tvmerge.cli; print([name for name in ({heavy}) if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]"
+
+
+def test_applying_a_recipe_imports_neither_transformers_nor_lm_eval() -> None:
+    code = "import sys, tvmerge.recipe; print([n for n in ('transformers', 'lm_eval', 'optuna') if n in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]"

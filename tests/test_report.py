@@ -1,0 +1,56 @@
+"""The table and the card, to the letter."""
+
+from __future__ import annotations
+
+import yaml
+
+from tvmerge.evaluators import QuestionScore
+from tvmerge.recipe import Recipe
+from tvmerge.report import Candidate, model_card, score_table, verdict
+
+
+def candidate(label: str, a: list[float | None], b: list[float]) -> Candidate:
+    scores = [QuestionScore(task, i, v) for task, values in (("jnli", a), ("jsquad", b)) for i, v in enumerate(values)]
+    return Candidate(label=label, scores=scores)
+
+
+TARGET = candidate("target", [1.0, 0.0, 0.0, 0.0], [0.5, 0.0])
+BEST = candidate("best", [1.0, 1.0, 1.0, 1.0], [1.0, 0.5])
+NOTHING = candidate("tuned", [None, None, None, None], [0.0, 0.0])
+
+
+def test_table_is_golden() -> None:
+    assert score_table([TARGET, NOTHING, BEST]) == (
+        "| task     | questions | target |    tuned |  best |\n"
+        "|----------|----------:|-------:|---------:|------:|\n"
+        "| jnli     |         4 |  0.250 | unscored | 1.000 |\n"
+        "| jsquad   |         2 |  0.250 |    0.000 | 0.750 |\n"
+        "| **mean** |         6 |  0.250 | unscored | 0.875 |"
+    )
+
+
+def test_verdict_says_what_was_found_and_on_which_questions() -> None:
+    assert verdict(BEST, [TARGET, NOTHING, BEST], heldout=True) == (
+        "On questions that the search did not see:\n"
+        "- best is clearly better than target: +0.625 ± 0.125 (standard error)\n"
+        "- best is not clearly different from best: +0.000 ± 0.000 (standard error)"
+    )
+    text = verdict(TARGET, [BEST], heldout=False)
+    assert "very questions that were searched on" in text
+    assert "target is clearly worse than best: -0.625" in text
+
+
+def test_card_names_hub_models_and_no_folder_in_its_header() -> None:
+    hub: dict[str, str | None] = {"model": "owner/ja", "revision": "0" * 40}
+    local: dict[str, str | None] = {"model": "/home/me/tuned", "revision": None}
+    recipe = Recipe(target=hub, base=hub, tuned=local, granularity="layer", weights={"layers.0": 0.5})
+    card = model_card(recipe, table="TABLE", verdict_text="VERDICT", weights=recipe.weights)
+    header = yaml.safe_load(card.split("---")[1])
+    assert header == {
+        "library_name": "transformers",
+        "tags": ["merge", "tvmerge"],
+        "base_model": ["owner/ja", "owner/ja"],
+    }
+    assert f"- target: `owner/ja@{'0' * 40}`" in card
+    assert "TABLE\n\nVERDICT" in card
+    assert "| layers.0 | 0.5000 |" in card

@@ -1,0 +1,201 @@
+"""Whole runs through the command line: killed and resumed, finished twice, re-measured from what was saved."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TASKS, Trio
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tvmerge.checkpoint import Checkpoint, resolve
+from tvmerge.cli import main
+from tvmerge.evaluators import QuestionScore, mean_score
+from tvmerge.evaluators.lm_eval import HarnessModel, LmEvalEvaluator, load_tasks
+from tvmerge.models.transformers import TransformersModel
+
+N_TRIALS = 12
+
+
+def flags(trio: Trio, output: Path, *more: str) -> list[str]:
+    return [
+        *("jglue", *trio.flags(), "--jglue_tasks", "tiny_choice,tiny_extract", "--task_dir", str(TASKS)),
+        *("--jglue_limit", "12,6", "--n_trials", str(N_TRIALS), "--output_dir", str(output), *more),
+    ]
+
+
+def trials(output: Path) -> list[tuple[int, dict[str, float], float | None, object]]:
+    study = optuna.load_study(study_name="tvmerge", storage=f"sqlite:///{output / 'study.db'}")
+    return [(t.number, t.params, t.value, t.user_attrs["task_scores"]) for t in study.trials]
+
+
+def best(output: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((output / "best").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def finished(trio: Trio, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(flags(trio, output)) == 0
+    return output
+
+
+def test_a_run_leaves_what_it_promises(trio: Trio, finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} - {".lock"} == {"best", "config.yaml", "scores.jsonl", "study.db"}
+    assert len(trials(finished)) == N_TRIALS
+    recipe = yaml.safe_load((finished / "best" / "recipe.yaml").read_text())
+    values = [value for _, _, value, _ in trials(finished) if value is not None]
+    assert recipe["score"]["search"] == max(values)
+    assert recipe["weights"] == trials(finished)[recipe["score"]["trial"]][1]
+    lines = [json.loads(line) for line in (finished / "scores.jsonl").read_text().splitlines()]
+    for number, _, value, _ in trials(finished):
+        scores = [
+            QuestionScore(line["task"], line["question"], line["score"])
+            for line in lines
+            if line["trial"] == number and line["split"] == "search"
+        ]
+        assert len(scores) == 18
+        assert mean_score(scores) == value
+    searched = {(line["task"], line["question"]) for line in lines if line["split"] == "search"}
+    heldout = {(line["task"], line["question"]) for line in lines if line["split"] == "heldout"}
+    assert not searched & heldout
+    assert len(heldout) == 18 + 12
+
+
+def test_the_saved_model_scores_what_the_study_says(finished: Path) -> None:
+    folder = finished / "best"
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    lines = [json.loads(line) for line in (finished / "scores.jsonl").read_text().splitlines()]
+    number = recipe["score"]["trial"]
+    mine = [line for line in lines if line["trial"] == number and line["split"] == "search"]
+    names = Checkpoint(resolve(str(folder))).names
+    evaluator = LmEvalEvaluator(
+        tasks=load_tasks(["tiny_choice", "tiny_extract"], task_dir=TASKS),
+        questions={
+            task: [line["question"] for line in mine if line["task"] == task]
+            for task in ("tiny_choice", "tiny_extract")
+        },
+        model=HarnessModel(TransformersModel.from_folder(folder, checkpoint_names=names, device="cpu"), batch_size=16),
+    )
+    scores = evaluator.score(lambda _: None)
+    assert [score.score for score in scores] == [line["score"] for line in mine]
+    assert mean_score(scores) == recipe["score"]["search"]
+
+
+def test_the_saved_model_loads_anywhere(finished: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished / "best")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "best")
+    ids = tokenizer("東京タワー", return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == "東京タワー"
+    with torch.no_grad():
+        assert torch.isfinite(model(ids).logits).all()
+
+
+def test_the_same_command_again_does_nothing_twice(
+    trio: Trio, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (finished / "best").iterdir()}
+    study, scores = trials(finished), (finished / "scores.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main(flags(trio, finished)) == 0
+    assert "| **mean**" in capsys.readouterr().out
+    after = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in (finished / "best").iterdir()}
+    assert after == before
+    assert trials(finished) == study
+    assert (finished / "scores.jsonl").read_bytes() == scores
+
+
+def test_the_written_configuration_runs_the_same(trio: Trio, finished: Path, tmp_path: Path) -> None:
+    config = str(finished / "config.yaml")
+    assert main(["jglue", "--config", config, "--output_dir", str(tmp_path / "again")]) == 0
+    assert trials(tmp_path / "again") == trials(finished)
+    assert best(tmp_path / "again") == best(finished)
+
+
+def test_more_trials_go_on_from_the_finished_ones(trio: Trio, finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "extended"
+    assert main(flags(trio, output, "--n_trials", "8")) == 0
+    assert main(flags(trio, output)) == 0
+    assert trials(output) == trials(finished)
+    assert best(output) == best(finished)
+
+
+def test_another_configuration_in_the_same_folder_is_refused(
+    trio: Trio, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "config.yaml").read_bytes()
+    capsys.readouterr()
+    assert main(flags(trio, finished, "--optuna_seed", "7", "--weight_max", "1.5")) == 2
+    error = capsys.readouterr().err
+    assert "optuna_seed was 42 and is 7, weight_max was 2.0 and is 1.5" in error
+    assert error.count("\n") == 1
+    assert (finished / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(
+    trio: Trio, finished: Path, tmp_path: Path, seed: int
+) -> None:
+    output = tmp_path / "killed"
+    command = [sys.executable, "-m", "tvmerge", *flags(trio, output)]
+    generator = random.Random(seed)
+    kills = 0
+    for _ in range(40):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        # Die somewhere in the first trials of this process, or in its start, or in what comes after the trials.
+        for _ in range(generator.randrange(6)):
+            process.stderr.readline()
+        time.sleep(generator.random() * 0.3)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        process.stderr.close()
+        if process.returncode == 0 or ((output / "study.db").exists() and kills >= 5):
+            break
+    assert kills >= 1
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+    assert trials(output) == trials(finished)
+    assert best(output) == best(finished)
+    lines, expected = ((folder / "scores.jsonl").read_text().splitlines() for folder in (output, finished))
+    assert sorted(lines) == sorted(expected)
+
+
+def test_ctrl_c_keeps_everything_and_says_how_to_go_on(trio: Trio, finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "interrupted"
+    command = [sys.executable, "-m", "tvmerge", *flags(trio, output)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("trial 3/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 130
+    assert "interrupted; the same command goes on where it stopped" in rest
+    assert "Traceback" not in rest
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
+    assert trials(output) == trials(finished)
+
+
+@pytest.mark.parametrize(("mode", "sampler"), [("all", "CMA-ES"), ("parameter", "TPE")])
+def test_every_granularity_and_sampler_runs(trio: Trio, tmp_path: Path, mode: str, sampler: str) -> None:
+    output = tmp_path / "out"
+    assert main(flags(trio, output, "--optimize_mode", mode, "--optuna_sampler", sampler)) == 0
+    assert len(trials(output)[0][1]) == {"all": 21, "parameter": 12}[mode]
+
+
+def test_without_held_out_questions_the_report_says_so(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(trio, tmp_path / "out", "--holdout", "0", "--n_trials", "3")) == 0
+    assert "the very questions that were searched on" in capsys.readouterr().out

@@ -1,0 +1,169 @@
+"""Studies: resumed at any point they end as if they had never stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from tvmerge.errors import RunError, StudyError
+from tvmerge.evaluators import QuestionScore
+from tvmerge.study import MergeStudy
+
+NAMES = ["layers.0", "layers.1"]
+
+
+def open_study(folder: Path, **changes: Any) -> MergeStudy:
+    settings: dict[str, Any] = {
+        "identity": {"mode": "layer", "tasks": ["a"]},
+        "weight_names": NAMES,
+        "weight_range": (0.0, 2.0),
+        "sampler": "TPE",
+        "seed": 42,
+        "uniform": [0.0, 1.0, 0.5],
+        **changes,
+    }
+    return MergeStudy(output_dir=folder, **settings)
+
+
+def score(weights: Mapping[str, float]) -> list[QuestionScore]:
+    value = 1 - (weights["layers.0"] - 0.4) ** 2 - (weights["layers.1"] - 1.2) ** 2
+    return [QuestionScore("a", question, value) for question in (3, 8)]
+
+
+def run(folder: Path, n_trials: int, **changes: Any) -> list[tuple[int, dict[str, float], float]]:
+    study = open_study(folder, **changes)
+    while study.n_finished < n_trials:
+        study.run_trial(score)
+    study.close()
+    return [(result.number, dict(result.weights), result.score) for result in study.results()]
+
+
+class Killed(BaseException):
+    """What a kill does to a process: nothing after it happens."""
+
+
+@pytest.mark.parametrize("sampler", ["TPE", "CMA-ES"])
+def test_a_study_that_stops_anywhere_ends_like_one_that_does_not(sampler: str, tmp_path: Path) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    straight.mkdir()
+    stopped.mkdir()
+    expected = run(straight, 20, sampler=sampler)
+
+    def die(weights: Mapping[str, float]) -> list[QuestionScore]:
+        raise Killed
+
+    for n_trials in (1, 2, 6, 14, 19):
+        run(stopped, n_trials, sampler=sampler)
+        study = open_study(stopped, sampler=sampler)
+        with pytest.raises(Killed):
+            study.run_trial(die)
+        study.scores.append(score(dict.fromkeys(NAMES, 9.0)), model="merge", trial=n_trials, split="search")
+        with study.scores.path.open("a") as file:
+            file.write('{"model": "merge", "tri')
+        study.close()
+    assert run(stopped, 20, sampler=sampler) == expected
+    assert (stopped / "scores.jsonl").read_bytes() == (straight / "scores.jsonl").read_bytes()
+
+
+def test_a_trial_that_was_killed_between_two_weights_is_completed_with_the_same_ones(tmp_path: Path) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    straight.mkdir()
+    stopped.mkdir()
+    expected = run(straight, 12)
+    run(stopped, 5)
+    study = open_study(stopped)
+    study._study.ask().suggest_float("layers.0", 0.0, 2.0)
+    study.close()
+    assert run(stopped, 12) == expected
+
+
+def test_baselines_come_first(tmp_path: Path) -> None:
+    results = run(tmp_path, 4)
+    assert [list(weights.values()) for _, weights, _ in results[:3]] == [[0, 0], [1, 1], [0.5, 0.5]]
+
+
+def test_a_baseline_outside_of_the_range_is_still_scored(tmp_path: Path) -> None:
+    results = run(tmp_path, 15, weight_range=(0.2, 0.8), uniform=[0.0, 1.0])
+    assert [list(weights.values()) for _, weights, _ in results[:2]] == [[0, 0], [1, 1]]
+    assert all(0.2 <= weight <= 0.8 for _, weights, _ in results[2:] for weight in weights.values())
+
+
+def test_another_configuration_is_refused_with_what_differs(tmp_path: Path) -> None:
+    run(tmp_path, 2)
+    before = (tmp_path / "scores.jsonl").read_bytes()
+    with pytest.raises(StudyError, match="tasks was \\['a'\\] and is \\['b'\\]"):
+        open_study(tmp_path, identity={"mode": "layer", "tasks": ["b"]})
+    assert (tmp_path / "scores.jsonl").read_bytes() == before
+    assert len(run(tmp_path, 3)) == 3, "the folder still works with its own configuration"
+
+
+def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    with pytest.raises(StudyError, match="another run is using this folder"):
+        open_study(tmp_path)
+    study.close()
+    open_study(tmp_path).close()
+
+
+def test_a_failed_trial_is_recorded_with_its_weights_and_is_no_score(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    study.run_trial(score)
+
+    def fail(weights: Mapping[str, float]) -> list[QuestionScore]:
+        raise ValueError("no\nmemory")
+
+    assert study.run_trial(fail) is None
+    assert study.run_trial(lambda _: [QuestionScore("a", 1, None)]) is None
+    study.run_trial(score)
+    assert [result.number for result in study.results()] == [0, 3]
+    failed = study._study.trials[1]
+    assert failed.state == optuna.trial.TrialState.FAIL
+    assert failed.value is None
+    assert failed.user_attrs["failure"] == "ValueError: no memory"
+    assert failed.params == dict.fromkeys(NAMES, 1.0)
+    assert study.n_finished == 4
+    study.close()
+
+
+def test_three_failures_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+
+    def fail(weights: Mapping[str, float]) -> list[QuestionScore]:
+        raise ValueError("broken")
+
+    study.run_trial(fail)
+    study.run_trial(fail)
+    with pytest.raises(RunError, match="3 trials in a row failed, the last with ValueError: broken"):
+        study.run_trial(fail)
+    with pytest.raises(RunError, match="no trial was scored"):
+        study.best()
+    study.close()
+
+
+def test_every_question_of_every_trial_is_kept(tmp_path: Path) -> None:
+    run(tmp_path, 3)
+    lines = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert [(line["trial"], line["task"], line["question"]) for line in lines] == [
+        (trial, "a", question) for trial in range(3) for question in (3, 8)
+    ]
+    assert {line["split"] for line in lines} == {"search"}
+
+
+def test_of_equal_trials_the_first_is_the_best(tmp_path: Path) -> None:
+    study = open_study(tmp_path)
+    for _ in range(4):
+        study.run_trial(lambda _: [QuestionScore("a", 0, 0.5)])
+    assert study.best().number == 0
+    study.close()
+
+
+def test_optuna_and_its_dashboard_read_the_study(tmp_path: Path) -> None:
+    run(tmp_path, 4)
+    study = optuna.load_study(study_name="tvmerge", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert study.best_trial.params.keys() == set(NAMES)
+    assert study.trials[0].user_attrs["task_scores"] == {"a": pytest.approx(study.trials[0].value)}
