@@ -53,7 +53,7 @@ ARCHITECTURES: Mapping[str, Callable[[], Any]] = {
 def build(name: str, *, seed: int = 0) -> PreTrainedModel:
     """A random float32 model of an architecture."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(ARCHITECTURES[name]())  # type: ignore[no-untyped-call]
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(ARCHITECTURES[name]())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)

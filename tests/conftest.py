@@ -64,7 +64,7 @@ def save_mistral(folder: Path, *, seed: int, drift_from: Path | None = None, **c
         **changes,
     }
     torch.manual_seed(seed)
-    model = MistralForCausalLM(MistralConfig(**settings))  # type: ignore[arg-type]
+    model = MistralForCausalLM(MistralConfig(**settings))
     if drift_from is not None:
         start = MistralForCausalLM.from_pretrained(drift_from, dtype=torch.float32)
         with torch.no_grad():
@@ -73,6 +73,17 @@ def save_mistral(folder: Path, *, seed: int, drift_from: Path | None = None, **c
     model.to(torch.bfloat16).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the long tests too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="only with --full"))
 
 
 @pytest.fixture(scope="session")

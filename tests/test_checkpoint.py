@@ -123,7 +123,9 @@ def test_a_damaged_folder_is_refused(sharded: Path, damage: Callable[[Path], Non
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["no/such/folder", "./here", "~/nowhere/at/all", "a b", "owner/model@"])
+@pytest.mark.parametrize(
+    "name", ["no/such/folder", "./here", "~/nowhere/at/all", "a b", "owner/model@", "~nobody.here/x", "x" * 300]
+)
 def test_a_name_that_is_neither_folder_nor_id_is_refused(name: str) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         resolve(name)

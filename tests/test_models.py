@@ -19,7 +19,7 @@ IDS = torch.tensor([[1, 5, 9, 13, 4, 8]])
 
 
 def save(name: str, folder: Path, *, seed: int, dtype: torch.dtype = torch.bfloat16) -> Checkpoint:
-    build(name, seed=seed).to(dtype).save_pretrained(folder)  # type: ignore[arg-type]
+    build(name, seed=seed).to(dtype).save_pretrained(folder)
     save_tokenizer(folder)
     return Checkpoint(ModelId(name=str(folder), revision=None, path=folder))
 
@@ -70,10 +70,10 @@ def test_a_tied_head_that_is_stored_twice_moves_once(tmp_path: Path) -> None:
     merge = Sources(**models).merge(granularity="all", method="task_arithmetic", omit=omit)
     live = TransformersModel.from_folder(tmp_path / "target", checkpoint_names=merge.target.names, device="cpu")
     live.load(merge.at(dict.fromkeys(merge.weight_names, 1.0)))
-    embedding = live.model.get_input_embeddings().weight  # type: ignore[operator]
+    embedding = live.model.get_input_embeddings().weight
     expected = merge.at(dict.fromkeys(merge.weight_names, 1.0)).read("transformer.wte.weight")
-    assert torch.equal(embedding, expected)  # type: ignore[arg-type]
-    assert live.model.get_output_embeddings().weight.data_ptr() == embedding.data_ptr()  # type: ignore[union-attr,operator]
+    assert torch.equal(embedding, expected)
+    assert live.model.get_output_embeddings().weight.data_ptr() == embedding.data_ptr()
 
 
 def test_a_checkpoint_of_the_bare_decoder_loads(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_an_architecture_that_stores_other_tensors_is_refused(tmp_path: Path) ->
         num_key_value_heads=1,
         num_local_experts=2,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)  # type: ignore[no-untyped-call]
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     checkpoint = Checkpoint(ModelId(name="m", revision=None, path=tmp_path))
     with pytest.raises(IncompatibleError, match="not supported yet"):
         unread_tensors(tmp_path, checkpoint.names)

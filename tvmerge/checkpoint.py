@@ -47,7 +47,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?")
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,14 @@ def resolve(name: str, *, cache_dir: str | None = None) -> ModelId:
     Raises:
         CheckpointError: neither a folder nor a model of the Hub.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, or of a user who is not here
+        raise CheckpointError(f"model {name}: no such folder ({error})") from error
+    if is_folder:
         return ModelId(name=name, revision=None, path=path)
-    if path.exists():
+    if is_file:
         raise CheckpointError(f"model {name}: is a file, name the folder it lies in")
     match = _HUB_ID.fullmatch(name)
     if match is None:
@@ -82,7 +86,9 @@ def resolve(name: str, *, cache_dir: str | None = None) -> ModelId:
 
 def _download(name: str, *, repo: str, revision: str | None, cache_dir: str | None) -> ModelId:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    # HTTPError is that of the HTTP library, which differs between versions of huggingface_hub.
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     patterns = [*MODEL_FILES, "*.safetensors"]
     try:
@@ -93,16 +99,31 @@ def _download(name: str, *, repo: str, revision: str | None, cache_dir: str | No
             allow_patterns=patterns,
             ignore_patterns=["*/*", "consolidated*"],  # the same weights again, in another format
         )
-    except LocalEntryNotFoundError:
-        raise CheckpointError(
-            f"model {name}: no such folder, and the Hub cannot be reached to look for it there: "
-            "mend the path, or try again with a network"
-        ) from None
-    except (HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise CheckpointError(f"model {name}: no such folder, and the Hub says: {reason}") from error
+    except (HTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(f"model {name}: {_why_not(error, repo=repo, revision=revision)}") from error
     # huggingface_hub lays a snapshot out as .../snapshots/<commit>.
     return ModelId(name=repo, revision=Path(folder).name, path=Path(folder))
+
+
+def _why_not(error: Exception, *, repo: str, revision: str | None) -> str:
+    """One line for what huggingface_hub says in many, or says wrongly: a missing model is a bad password to it."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return (
+            "no such folder, and the Hub cannot be reached to look for it there: "
+            "mend the path, or try again with a network"
+        )
+    if isinstance(error, errors.GatedRepoError):  # is a RepositoryNotFoundError too
+        return f"is gated on the Hub: ask for access on the page of {repo} there, then run `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "no such folder, and no such model on the Hub: mend the name, or run `hf auth login` if it is private"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} on the Hub has no branch, tag or commit {revision or 'main'}"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, errors.HFValidationError):
+        return f"no such folder, and no Hub id: {reason}"
+    return f"no such folder, and fetching it from the Hub failed, try again: {reason}"
 
 
 class Checkpoint:

@@ -35,9 +35,7 @@ def unread_tensors(folder: Path, checkpoint_names: Sequence[str]) -> list[str]:
     _be_quiet()
     with _explained(folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=False
-        )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     live = _live_tensors(model, checkpoint_names)
     return [name for name in checkpoint_names if name not in live]
 
@@ -79,7 +77,7 @@ class TransformersModel:
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False
             )
-        model.to(torch.device(device)).eval()  # type: ignore[arg-type]
+        model.to(torch.device(device)).eval()
         return cls(model, tokenizer, checkpoint_names)
 
     def load(self, state_dict: StateDict) -> None:
@@ -103,8 +101,8 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _be_quiet() -> None:
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _live_tensors(model: PreTrainedModel, checkpoint_names: Sequence[str]) -> Mapping[str, Tensor]:
