@@ -16,6 +16,8 @@ fi
 installed="${VIRTUAL_ENV:-$CONDA_PREFIX}/.tvmerge-installed"
 if ! cmp -s <(cat requirements.txt pyproject.toml; pwd) "$installed"; then
   echo "Installing what tvmerge needs, once ..." >&2
+  # Without it, the pip of Python 3.10 cannot build those of our needs that come as source only.
+  export PIP_USE_PEP517=1
   python -m pip install --quiet --disable-pip-version-check -r requirements.txt
   python -m pip install --quiet --disable-pip-version-check --no-deps -e .
   cat requirements.txt pyproject.toml <(pwd) > "$installed"

@@ -52,13 +52,14 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(required=True, dest="command")
     for name, (config_class, _) in COMMANDS.items():
-        command = ArgumentParser(exit_on_error=False, description=(config_class.__doc__ or "").partition("\n")[0])
+        purpose = (config_class.__doc__ or "").partition("\n")[0]
+        command = ArgumentParser(exit_on_error=False, description=purpose)
         command.add_argument("--config", action="config", help="YAML file with these settings; flags win over it")
         command.add_class_arguments(config_class, None, as_group=False, skip={*POSITIONAL})
         for argument, text in POSITIONAL.items():
             if argument in {field.name for field in fields(config_class)}:
                 command.add_argument(argument, type=str, help=text)
-        commands.add_subcommand(name, command)
+        commands.add_subcommand(name, command, help=purpose)
     return parser
 
 

@@ -5,6 +5,7 @@ Tasks and requests are built once. A trial costs the model's forward passes and 
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import math
@@ -65,7 +66,7 @@ def load_tasks(names: Sequence[str], *, task_dir: Path | None) -> dict[str, Conf
         TaskError: an unknown name, a group, or a task that has no data here or no accuracy.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = _task_manager(names, task_dir)
+    manager = _task_manager(frozenset(names), task_dir)
     tasks = {}
     for name in names:
         try:
@@ -80,18 +81,19 @@ def load_tasks(names: Sequence[str], *, task_dir: Path | None) -> dict[str, Conf
     return tasks
 
 
-def _task_manager(names: Sequence[str], task_dir: Path | None) -> TaskManager:
+@functools.cache
+def _task_manager(names: frozenset[str], task_dir: Path | None) -> TaskManager:
     local: list[str] = []
     if task_dir is not None:
         if not task_dir.is_dir():
             raise TaskError(f"--task_dir {task_dir}: no such folder")
         manager = TaskManager(include_path=str(task_dir), include_defaults=False)
         local = sorted(manager.all_tasks)
-        if set(names) <= set(local):
+        if names <= set(local):
             return manager
     # The index of lm-eval's own tasks takes ten seconds: made only when a name asks for it.
     manager = TaskManager(include_path=None if task_dir is None else str(task_dir))
-    unknown = sorted(set(names) - set(manager.all_tasks))
+    unknown = sorted(names - set(manager.all_tasks))
     if unknown:
         here = f", in {task_dir} are {', '.join(local)}" if local else ""
         raise TaskError(f"unknown tasks: {', '.join(unknown)}: `lm_eval ls tasks` lists those of lm-eval{here}")
