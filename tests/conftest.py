@@ -10,6 +10,7 @@ from pathlib import Path
 # No test may reach for the Hub; the one that tests it starts a server of its own.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import pytest
 import torch
