@@ -140,6 +140,11 @@ class JglueRun:
         """Run the trials that are not done yet, then prove and save the best."""
         harness = HarnessModel(self.model, batch_size=self.config.batch_size)
         progress = RunProgress(n_trials=self.config.n_trials, n_finished=self.study.n_finished)
+        per_trial, held_out = (sum(len(getattr(s, k)) for s in self.splits.values()) for k in ("search", "heldout"))
+        progress.note(
+            f"{len(self.merge.weight_names)} weights, {per_trial} questions per trial, {held_out} held out; "
+            f"{self.study.n_finished} of {self.config.n_trials} trials done"
+        )
         try:
             if self.study.n_finished < self.config.n_trials:
                 self._search(self._evaluator(harness, "search"), progress)
