@@ -108,7 +108,7 @@ def parse_arguments() -> Any:
 def main() -> None:
     """Writes the questions and the models."""
     arguments = parse_arguments()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # two threads that wait for each other are slower than one on a busy machine
     torch.use_deterministic_algorithms(True)
     forbidden = write_questions(arguments.output_dir / "tasks" / "data", arguments.seed)
     make_models(arguments.output_dir / "models", arguments.seed, forbidden)
