@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Searches the weights of target + w * (tuned - base) that score best on JGLUE-style tasks, and saves the best model.
 # Edit the variables; `python -m tvmerge jglue --help` explains each. The same command again goes on where it stopped.
+# Flags given to this script win over its variables; paths are relative to the folder it lies in.
 set -euo pipefail
 source "$(dirname "$0")/setup_env.sh"
 
@@ -22,6 +23,8 @@ WEIGHT_MAX=2
 N_TRIALS=30
 OPTUNA_SEED=42
 
+BATCH_SIZE=64                                           # requests that the model answers at a time
+CACHE_DIR="${HF_HUB_CACHE:-$HOME/.cache/huggingface/hub}" # models of the Hub
 OUTPUT_DIR=output
 
 python -m tvmerge jglue \
@@ -37,6 +40,7 @@ python -m tvmerge jglue \
   --weight_max "$WEIGHT_MAX" \
   --n_trials "$N_TRIALS" \
   --optuna_seed "$OPTUNA_SEED" \
-  --batch_size 64 \
+  --batch_size "$BATCH_SIZE" \
+  --cache_dir "$CACHE_DIR" \
   --output_dir "$OUTPUT_DIR" \
   "$@"

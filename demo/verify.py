@@ -51,13 +51,13 @@ class HeldOut:
         self._model = TransformersModel.from_folder(
             models / "target", checkpoint_names=self.sources.target.names, device="cpu"
         )
-        harness = HarnessModel(self._model, batch_size=batch_size)
-        self._evaluator = LmEvalEvaluator(tasks=tasks, questions=questions, model=harness)
+        self._harness = HarnessModel(self._model, batch_size=batch_size)
+        self._evaluator = LmEvalEvaluator(tasks=tasks, questions=questions)
 
     def score(self, state_dict: StateDict) -> list[QuestionScore]:
         """Scores a model on the held-out questions."""
         self._model.load(state_dict)
-        return self._evaluator.score(lambda _: None)
+        return self._evaluator.score(self._harness, lambda _: None)
 
     def uniform(self, weight: float) -> list[QuestionScore]:
         """Scores the merge with one weight for all."""

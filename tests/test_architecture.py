@@ -42,6 +42,8 @@ def imported_rooms(path: Path) -> set[str]:
     rooms = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if isinstance(node, ast.ImportFrom) and (node.level or node.module == "tvmerge"):
+            names += [f"tvmerge.{alias.name}" for alias in node.names if alias.name in ROOMS]
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         rooms |= {name.split(".")[1] for name in names if name.startswith("tvmerge.")}
     return rooms

@@ -41,7 +41,18 @@ def test_shards_hold_the_same_tensors_as_one_file(trio: Trio, sharded: Path) -> 
     assert len(list(sharded.glob("*.safetensors"))) > 2
     assert one.names == many.names
     assert all(torch.equal(one.read(name), many.read(name)) for name in one.names)
-    assert one.nbytes == many.nbytes
+
+
+def test_one_file_goes_before_an_index_as_in_transformers(trio: Trio, sharded: Path) -> None:
+    shutil.copy(trio.base / "model.safetensors", sharded)
+    name = opened(sharded).names[0]
+    assert torch.equal(opened(sharded).read(name), opened(trio.base).read(name))
+
+
+def test_the_fingerprint_follows_the_weights_and_not_the_path(trio: Trio, tmp_path: Path) -> None:
+    shutil.copytree(trio.target, tmp_path / "copy")
+    assert opened(tmp_path / "copy").fingerprint == opened(trio.target).fingerprint
+    assert opened(trio.base).fingerprint != opened(trio.target).fingerprint
 
 
 def test_reading_maps_the_file_and_copies_nothing(trio: Trio) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -103,6 +105,21 @@ def _lost_tensor(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def _other_configuration(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 25}))
+
+
+def test_a_target_without_a_tokenizer_is_refused(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, output = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(trio.target, folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    assert_refused(flags(trio, output, "--target_model", str(folder)), "transformers cannot load it", output, capsys)
+
+
 @pytest.mark.parametrize("role", ["target", "base", "tuned"])
 @pytest.mark.parametrize(
     ("damage", "message"),
@@ -114,6 +131,7 @@ def _lost_tensor(folder: Path) -> None:
         (_truncated_weights, "not a whole safetensors file"),
         (_pickled_weights, "pickled weights only"),
         (_lost_tensor, "model.norm.weight"),
+        (_other_configuration, "config.json asks for"),
     ],
 )
 def test_a_bad_model_is_refused(
@@ -136,17 +154,17 @@ def test_a_bad_output_folder_is_refused(trio: Trio, tmp_path: Path, capsys: pyte
     file.write_text("mine")
     for output in (file, file / "below"):
         assert_refused(flags(trio, output), f"{file} is a file", output, capsys)
+    assert_refused(flags(trio, tmp_path / "what?"), "cannot have a '?'", tmp_path / "what?", capsys)
+    assert_refused(flags(trio, tmp_path / ("x" * 300)), "File name too long", tmp_path / "out", capsys)
     foreign = tmp_path / "foreign"
     (foreign / "best").mkdir(parents=True)
     assert_refused(flags(trio, foreign), "holds a 'best' that no study made", foreign, capsys)
     assert file.read_text() == "mine"
 
 
-def test_a_folder_without_permission_is_refused(
-    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Tests may run as root, whom no permission stops: the answer of the operating system is what is tested here.
-    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+@pytest.mark.skipif(os.geteuid() == 0, reason="no permission stops root")
+def test_a_folder_without_permission_is_refused(trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tmp_path.chmod(0o500)
     assert_refused(flags(trio, tmp_path / "out"), f"no permission to write in {tmp_path}", tmp_path / "out", capsys)
 
 
@@ -190,6 +208,8 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(
         )
     )
     config = printed_config(["jglue", "--config", str(file), "--n_trials", "9", "--jglue_limit", "3"], capsys)
+    assert printed_config(["jglue", "--n_trials", "9", f"--config={file}", "--jglue_limit=3"], capsys) == config
+    assert printed_config(["jglue", "--n_trials", "9", "--jglue_limit=3", "--config", str(file)], capsys) == config
     assert (config["n_trials"], config["weight_max"], config["weight_min"]) == (9, 1.5, 0.0)
     assert config["jglue_tasks"] == ["a", "b"]
     assert config["jglue_limit"] == 3

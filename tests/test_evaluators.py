@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import lm_eval
@@ -51,14 +52,14 @@ def test_scores_equal_lm_eval_for_every_question_and_follow_the_weights(trio: Tr
     evaluator = LmEvalEvaluator(
         tasks=load_tasks(NAMES, task_dir=TASKS),
         questions=questions,
-        model=HarnessModel(model, batch_size=8),
     )
+    harness = HarnessModel(model, batch_size=8)
     assert evaluator.n_questions == 34
     seen = []
     for folder in (trio.target, trio.tuned, trio.base, trio.target):
         model.load(Checkpoint(resolve(str(folder))))
         progress: list[int] = []
-        scores = evaluator.score(progress.append)
+        scores = evaluator.score(harness, progress.append)
         assert sum(progress) == evaluator.n_questions
         assert scores == lm_eval_scores(model, questions)
         seen.append(scores)
@@ -75,9 +76,9 @@ def test_a_model_that_copies_is_right_and_one_that_does_not_is_wrong(trio: Trio)
     evaluator = LmEvalEvaluator(
         tasks=load_tasks(NAMES, task_dir=TASKS),
         questions={"tiny_choice": list(range(60)), "tiny_extract": list(range(40))},
-        model=HarnessModel(model, batch_size=16),
     )
-    assert task_scores(evaluator.score(lambda _: None)) == {"tiny_choice": pytest.approx(1 / 3), "tiny_extract": 0.0}
+    scores = evaluator.score(HarnessModel(model, batch_size=16), lambda _: None)
+    assert task_scores(scores) == {"tiny_choice": pytest.approx(1 / 3), "tiny_extract": 0.0}
 
 
 @pytest.mark.parametrize(
@@ -101,6 +102,30 @@ def test_a_broken_task_file_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_question_that_cannot_be_put_is_said_in_one_line(tmp_path: Path) -> None:
+    text = (TASKS / "tiny_choice.yaml").read_text().replace("{{question}}", "{{question.no.such}}")
+    (tmp_path / "tiny_choice.yaml").write_text(text)
+    (tmp_path / "tiny_utils.py").write_text((TASKS / "tiny_utils.py").read_text())
+    tasks = load_tasks(["tiny_choice"], task_dir=tmp_path)
+    with pytest.raises(TaskError, match="task tiny_choice: a question cannot be put: UndefinedError") as caught:
+        LmEvalEvaluator(tasks=tasks, questions={"tiny_choice": [0]})
+    assert "\n" not in str(caught.value)
+
+
+def test_the_fingerprint_is_of_all_that_is_asked(tmp_path: Path) -> None:
+    def fingerprint(folder: Path, questions: list[int]) -> str:
+        return LmEvalEvaluator(
+            tasks=load_tasks(["tiny_choice"], task_dir=folder), questions={"tiny_choice": questions}
+        ).fingerprint
+
+    assert fingerprint(TASKS, [1, 2]) == fingerprint(TASKS, [1, 2])
+    assert fingerprint(TASKS, [1, 2]) != fingerprint(TASKS, [1, 3])
+    text = (TASKS / "tiny_choice.yaml").read_text().replace("{{question}}", "{{question}} ")
+    (tmp_path / "tiny_choice.yaml").write_text(text)
+    (tmp_path / "tiny_utils.py").write_text((TASKS / "tiny_utils.py").read_text())
+    assert fingerprint(TASKS, [1, 2]) != fingerprint(tmp_path, [1, 2])
+
+
 def test_a_task_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="no such folder"):
         load_tasks(NAMES, task_dir=tmp_path / "nowhere")
@@ -113,7 +138,7 @@ def test_a_task_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     seed=st.integers(0, 99),
 )
 def test_the_search_never_sees_a_held_out_question(n: int, holdout: float, limit: int | None, seed: int) -> None:
-    def split(limit: int | None) -> tuple[list[int], list[int]]:
+    def split(limit: int | None) -> tuple[Sequence[int], Sequence[int]]:
         s = split_questions(name="t", n_questions=n, holdout=holdout, limit=limit, seed=seed)
         return s.search, s.heldout
 

@@ -35,7 +35,7 @@ def logits(folder: Path) -> torch.Tensor:
 def test_live_merge_equals_the_written_merge_loaded_anew(name: str, tmp_path: Path) -> None:
     models = {role: save(name, tmp_path / role, seed=seed) for seed, role in enumerate(("target", "base", "tuned"))}
     sources = Sources(**models)
-    omit = unread_tensors(tmp_path / "target", sources.target.names)
+    omit = unread_tensors(sources.target)
     merge = sources.merge(granularity="layer", method="task_arithmetic", omit=omit)
     weights = {weight: 0.3 + 0.2 * i for i, weight in enumerate(merge.weight_names)}
     live = TransformersModel.from_folder(tmp_path / "target", checkpoint_names=merge.target.names, device="cpu")
@@ -65,7 +65,7 @@ def test_a_tied_head_that_is_stored_twice_moves_once(tmp_path: Path) -> None:
         role: Checkpoint(ModelId(name=role, revision=None, path=tmp_path / role))
         for role in ("target", "base", "tuned")
     }
-    omit = unread_tensors(tmp_path / "target", models["target"].names)
+    omit = unread_tensors(models["target"])
     assert omit == ["lm_head.weight"]
     merge = Sources(**models).merge(granularity="all", method="task_arithmetic", omit=omit)
     live = TransformersModel.from_folder(tmp_path / "target", checkpoint_names=merge.target.names, device="cpu")
@@ -84,7 +84,7 @@ def test_a_checkpoint_of_the_bare_decoder_loads(tmp_path: Path) -> None:
     tensors = {name.removeprefix("transformer."): tensor.clone() for name, tensor in load_file(file).items()}
     del checkpoint
     save_file(tensors, file, metadata={"format": "pt"})
-    assert unread_tensors(tmp_path, sorted(tensors)) == []
+    assert unread_tensors(Checkpoint(ModelId(name="m", revision=None, path=tmp_path))) == []
     TransformersModel.from_folder(tmp_path, checkpoint_names=sorted(tensors), device="cpu")
 
 
@@ -101,11 +101,16 @@ def test_an_architecture_that_stores_other_tensors_is_refused(tmp_path: Path) ->
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     checkpoint = Checkpoint(ModelId(name="m", revision=None, path=tmp_path))
     with pytest.raises(IncompatibleError, match="not supported yet"):
-        unread_tensors(tmp_path, checkpoint.names)
+        unread_tensors(checkpoint)
 
 
-def test_an_unknown_architecture_is_refused_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "no_such_thing"}')
-    with pytest.raises(CheckpointError, match="no_such_thing") as caught:
-        unread_tensors(tmp_path, ["a"])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [('{"model_type": "no_such_thing"}', "no_such_thing"), ('{"model_type": "gpt2", "n_layer": "two"}', "n_layer")],
+)
+def test_a_configuration_that_cannot_work_is_refused_in_one_line(tmp_path: Path, config: str, message: str) -> None:
+    save("gpt2", tmp_path, seed=0)
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        unread_tensors(Checkpoint(ModelId(name="m", revision=None, path=tmp_path)))
     assert "\n" not in str(caught.value)

@@ -55,16 +55,23 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def environment(clone: Path) -> dict[str, str]:
-    inherited = {key: value for key, value in os.environ.items() if key not in {"VIRTUAL_ENV", "PYTHONPATH"}}
-    ours = Path(sys.executable).parent  # optuna-dashboard's script
-    return {**inherited, "PATH": f"{clone / '.venv' / 'bin'}:{ours}:{os.environ['PATH']}"}
+def environment() -> dict[str, str]:
+    """Ours less what says that an environment is active: that of a newcomer."""
+    ours = {"VIRTUAL_ENV", "PYTHONPATH"}
+    inherited = {key: value for key, value in os.environ.items() if key not in ours and not key.startswith("CONDA")}
+    mine = str(Path(sys.executable).parent)
+    folders = [folder for folder in os.environ["PATH"].split(":") if folder != mine or not is_virtual(mine)]
+    # Programs of packages that the fresh environment sees and did not install: optuna-dashboard.
+    return {**inherited, "PATH": ":".join([*folders, mine])}
+
+
+def is_virtual(folder: str) -> bool:
+    return (Path(folder).parent / "pyvenv.cfg").exists()
 
 
 def run(command: str, clone: Path) -> str:
-    result = subprocess.run(
-        command, shell=True, cwd=clone, env=environment(clone), capture_output=True, text=True, check=False
-    )
+    shell = ["bash", "-c", command]
+    result = subprocess.run(shell, cwd=clone, env=environment(), capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result.stdout
 
@@ -122,14 +129,16 @@ def test_the_readme_shows_what_the_first_command_prints(demo_output: str) -> Non
 
 @pytest.mark.usefixtures("demo_output")
 def test_every_other_command_works(clone: Path) -> None:
-    for command in commands(README)[2:]:
+    first, *others = commands(README)[2:]
+    assert first == "source .venv/bin/activate"
+    for command in others:
         if command.startswith("optuna-dashboard"):
             check_dashboard(command, clone)
         else:
-            run(command, clone)
+            run(f"{first} && {command}", clone)
     for block in blocks(README, "python"):
         (clone / "example.py").write_text(block)
-        run("python example.py", clone)
+        run(f"{first} && python example.py", clone)
     best, rebuilt = (clone / "output" / name for name in ("best", "rebuilt"))
     names = {path.name for path in best.iterdir()} - {"README.md"}
     assert names == {path.name for path in rebuilt.iterdir()}
@@ -138,7 +147,7 @@ def test_every_other_command_works(clone: Path) -> None:
 
 def check_dashboard(command: str, clone: Path) -> None:
     process = subprocess.Popen(
-        f"exec {command} --port 18089", shell=True, cwd=clone, env=environment(clone), stderr=subprocess.DEVNULL
+        f"exec {command} --port 18089", shell=True, cwd=clone, env=environment(), stderr=subprocess.DEVNULL
     )
     try:
         for _ in range(100):

@@ -62,7 +62,11 @@ def test_saving_and_loading_keeps_every_digit(trio: Trio, tmp_path: Path) -> Non
         ({"weights": {"layers.0": True}}, "the weight of layers.0 is True"),
         ({"weights": {"layers.0": 1.0}}, "4 names differ, the first is embed_tokens"),
         ({"target": "x"}, "target must hold a model"),
-        ({"base": {"model": "no/such/model"}}, "no such folder"),
+        ({"base": {"model": "no/such/model"}}, "the base model was the local folder no/such/model, which is not here"),
+        ({"base": {"model": "models/ja"}}, "the base model was the local folder models/ja"),
+        ({"base": {"model": "m", "revision": 1}}, "base must hold text only"),
+        ({"granularity": ["layer"]}, "unknown granularity"),
+        ({"weights": {1: 1.0}}, "1 is no name of a weight"),
         ({"omit": "lm_head.weight"}, "omit must be a list"),
     ],
 )
@@ -86,6 +90,30 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message:
         apply_recipe(tmp_path / "recipe.yaml", output=tmp_path / "out")
     with pytest.raises(RecipeError, match="no such recipe"):
         apply_recipe(tmp_path / "none.yaml", output=tmp_path / "out")
+
+
+def test_other_weights_than_the_recipe_was_made_of_are_refused(trio: Trio, tmp_path: Path) -> None:
+    changed = {"model": str(trio.tuned), "revision": None, "fingerprint": "0" * 16}
+    recipe = written(tmp_path / "recipe.yaml", content(trio, tuned=changed))
+    with pytest.raises(RecipeError, match="are not those of the recipe's tuned model"):
+        apply_recipe(recipe, output=tmp_path / "out")
+
+
+def test_staging_folders_of_others_are_left_alone(trio: Trio, tmp_path: Path) -> None:
+    (tmp_path / ".out.backup.tmp").mkdir()
+    (tmp_path / ".out.backup.tmp" / "thesis.txt").write_text("mine")
+    (tmp_path / "out").mkdir()
+    apply_recipe(written(tmp_path / "recipe.yaml", content(trio)), output=tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / ".out.backup.tmp" / "thesis.txt").read_text() == "mine"
+
+
+def test_the_current_folder_can_be_the_output(trio: Trio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = written(tmp_path / "recipe.yaml", content(trio))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    apply_recipe(recipe, output=Path("."))
+    assert (tmp_path / "here" / "model.safetensors").exists()
 
 
 def test_a_folder_with_something_in_it_is_not_overwritten(trio: Trio, tmp_path: Path) -> None:

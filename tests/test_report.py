@@ -33,6 +33,7 @@ def test_verdict_says_what_was_found_and_on_which_questions() -> None:
     assert verdict(BEST, [TARGET, NOTHING, BEST], heldout=True) == (
         "On questions that the search did not see:\n"
         "- best is clearly better than target: +0.625 ± 0.125 (standard error)\n"
+        "- best cannot be compared with tuned: a task has no question scored for both\n"
         "- best is not clearly different from best: +0.000 ± 0.000 (standard error)"
     )
     text = verdict(TARGET, [BEST], heldout=False)
@@ -49,7 +50,7 @@ def test_card_names_hub_models_and_no_folder_in_its_header() -> None:
     assert header == {
         "library_name": "transformers",
         "tags": ["merge", "tvmerge"],
-        "base_model": ["owner/ja", "owner/ja"],
+        "base_model": ["owner/ja"],
     }
     assert f"- target: `owner/ja@{'0' * 40}`" in card
     assert "TABLE\n\nVERDICT" in card

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TASKS, Trio
+from optuna.storages import RDBStorage
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tvmerge.checkpoint import Checkpoint, resolve
@@ -34,8 +35,12 @@ def flags(trio: Trio, output: Path, *more: str) -> list[str]:
 
 
 def trials(output: Path) -> list[tuple[int, dict[str, float], float | None, object]]:
-    study = optuna.load_study(study_name="tvmerge", storage=f"sqlite:///{output / 'study.db'}")
-    return [(t.number, t.params, t.value, t.user_attrs["task_scores"]) for t in study.trials]
+    storage = RDBStorage(f"sqlite:///{output / 'study.db'}")
+    study = optuna.load_study(study_name="tvmerge", storage=storage)
+    found = [(t.number, t.params, t.value, t.user_attrs["task_scores"]) for t in study.trials]
+    storage.remove_session()
+    storage.engine.dispose()
+    return found
 
 
 def best(output: Path) -> dict[str, bytes]:
@@ -84,9 +89,10 @@ def test_the_saved_model_scores_what_the_study_says(finished: Path) -> None:
             task: [line["question"] for line in mine if line["task"] == task]
             for task in ("tiny_choice", "tiny_extract")
         },
-        model=HarnessModel(TransformersModel.from_folder(folder, checkpoint_names=names, device="cpu"), batch_size=16),
     )
-    scores = evaluator.score(lambda _: None)
+    live = TransformersModel.from_folder(folder, checkpoint_names=names, device="cpu")
+    model = HarnessModel(live, batch_size=16)
+    scores = evaluator.score(model, lambda _: None)
     assert [score.score for score in scores] == [line["score"] for line in mine]
     assert mean_score(scores) == recipe["score"]["search"]
 

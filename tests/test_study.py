@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,9 @@ def run(folder: Path, n_trials: int, **changes: Any) -> list[tuple[int, dict[str
     study = open_study(folder, **changes)
     while study.n_finished < n_trials:
         study.run_trial(score)
+    results = study.results()
     study.close()
-    return [(result.number, dict(result.weights), result.score) for result in study.results()]
+    return [(result.number, dict(result.weights), result.score) for result in results]
 
 
 class Killed(BaseException):
@@ -64,7 +65,7 @@ def test_a_study_that_stops_anywhere_ends_like_one_that_does_not(sampler: str, t
             study.run_trial(die)
         study.scores.append(score(dict.fromkeys(NAMES, 9.0)), model="merge", trial=n_trials, split="search")
         with study.scores.path.open("a") as file:
-            file.write('{"model": "merge", "tri')
+            file.write('{"model": "merge", "tri\n\0\0\0\n{"model"')
         study.close()
     assert run(stopped, 20, sampler=sampler) == expected
     assert (stopped / "scores.jsonl").read_bytes() == (straight / "scores.jsonl").read_bytes()
@@ -110,39 +111,64 @@ def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
     open_study(tmp_path).close()
 
 
+def break_with(error: Exception) -> Callable[[Mapping[str, float]], list[QuestionScore]]:
+    def evaluate(weights: Mapping[str, float]) -> list[QuestionScore]:
+        raise error
+
+    return evaluate
+
+
 def test_a_failed_trial_is_recorded_with_its_weights_and_is_no_score(tmp_path: Path) -> None:
     study = open_study(tmp_path)
     study.run_trial(score)
-
-    def fail(weights: Mapping[str, float]) -> list[QuestionScore]:
-        raise ValueError("no\nmemory")
-
-    assert study.run_trial(fail) is None
+    study.run_trial(score)
+    assert study.run_trial(break_with(ValueError("no\nsense"))) is None
     assert study.run_trial(lambda _: [QuestionScore("a", 1, None)]) is None
     study.run_trial(score)
-    assert [result.number for result in study.results()] == [0, 3]
-    failed = study._study.trials[1]
+    assert [result.number for result in study.results()] == [0, 1, 4]
+    failed = study._study.trials[2]
     assert failed.state == optuna.trial.TrialState.FAIL
     assert failed.value is None
-    assert failed.user_attrs["failure"] == "ValueError: no memory"
-    assert failed.params == dict.fromkeys(NAMES, 1.0)
-    assert study.n_finished == 4
+    assert failed.user_attrs["failure"] == "ValueError: no sense"
+    assert failed.params == dict.fromkeys(NAMES, 0.5)
+    assert study.last_failure() == "trial 3: RunError: no question of a task could be scored"
+    assert study.n_finished == 5
     study.close()
 
 
 def test_three_failures_in_a_row_stop_the_run(tmp_path: Path) -> None:
     study = open_study(tmp_path)
-
-    def fail(weights: Mapping[str, float]) -> list[QuestionScore]:
-        raise ValueError("broken")
-
-    study.run_trial(fail)
-    study.run_trial(fail)
+    study.run_trial(score)
+    study.run_trial(score)
+    study.run_trial(break_with(ValueError("broken")))
+    study.run_trial(break_with(ValueError("broken")))
     with pytest.raises(RunError, match="3 trials in a row failed, the last with ValueError: broken"):
-        study.run_trial(fail)
-    with pytest.raises(RunError, match="no trial was scored"):
-        study.best()
+        study.run_trial(break_with(ValueError("broken")))
     study.close()
+
+
+@pytest.mark.parametrize(
+    ("n_before", "error"),
+    [(0, ValueError("a baseline")), (1, ValueError("a baseline")), (4, MemoryError()), (4, OSError(28, "disk full"))],
+)
+def test_a_trial_that_must_not_be_lost_is_run_again(tmp_path: Path, n_before: int, error: Exception) -> None:
+    (tmp_path / "straight").mkdir()
+    (tmp_path / "broken").mkdir()
+    run(tmp_path / "broken", n_before)
+    study = open_study(tmp_path / "broken")
+    with pytest.raises(RunError, match=f"trial {n_before}: {type(error).__name__}"):
+        study.run_trial(break_with(error))
+    study.close()
+    assert run(tmp_path / "broken", 12) == run(tmp_path / "straight", 12)
+
+
+def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "study.db").write_text("this is no database, however long it may be" * 100)
+    with pytest.raises(StudyError, match=r"study\.db: cannot be opened as a study") as caught:
+        open_study(tmp_path)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "study.db").unlink()
+    open_study(tmp_path).close()
 
 
 def test_every_question_of_every_trial_is_kept(tmp_path: Path) -> None:
@@ -164,6 +190,9 @@ def test_of_equal_trials_the_first_is_the_best(tmp_path: Path) -> None:
 
 def test_optuna_and_its_dashboard_read_the_study(tmp_path: Path) -> None:
     run(tmp_path, 4)
-    study = optuna.load_study(study_name="tvmerge", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'study.db'}")
+    study = optuna.load_study(study_name="tvmerge", storage=storage)
     assert study.best_trial.params.keys() == set(NAMES)
     assert study.trials[0].user_attrs["task_scores"] == {"a": pytest.approx(study.trials[0].value)}
+    storage.remove_session()
+    storage.engine.dispose()

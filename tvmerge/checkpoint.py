@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -142,7 +143,9 @@ class Checkpoint:
         self.model = model
         self._files = _open_weights(model.path)
         self._file_of = _locate_tensors(model.path, self._files)
-        self._specs = {name: _spec(self._files[file], file, name) for name, file in sorted(self._file_of.items())}
+        self._specs = {
+            name: _spec(self._files[file], model.path / file, name) for name, file in sorted(self._file_of.items())
+        }
 
     @property
     def names(self) -> Sequence[str]:
@@ -167,21 +170,30 @@ class Checkpoint:
         """
         return _read_json(self.model.path / "config.json")
 
-    @property
-    def nbytes(self) -> int:
-        """Size of all tensors in bytes."""
-        return sum(self._specs[name].nbytes for name in self._specs)
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest that differs when the weights do: of names, sizes and 64 places of each file, not of every byte."""
+        digest = hashlib.sha256()
+        for name in sorted(self._files):
+            path = self.model.path / name
+            size = path.stat().st_size
+            digest.update(f"{name} {size}\n".encode())
+            with path.open("rb") as file:
+                for place in range(64):
+                    file.seek(size * place // 64)
+                    digest.update(file.read(4096))
+        return digest.hexdigest()[:16]
 
 
 def _open_weights(folder: Path) -> dict[str, Any]:
     """File name → open safetensors file."""
+    if (folder / SINGLE).is_file():  # as transformers does, which reads it and no index
+        return {SINGLE: _open_file(folder / SINGLE)}
     if (folder / INDEX).is_file():
         weight_map = _read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{folder / INDEX}: has no weight_map, fetch the file again")
         shards = sorted(set(map(str, weight_map.values())))
-    elif (folder / SINGLE).is_file():
-        shards = [SINGLE]
     else:
         raise CheckpointError(_no_weights(folder))
     outside = [shard for shard in shards if Path(shard).name != shard]
@@ -219,7 +231,7 @@ def _no_weights(folder: Path) -> str:
 def _locate_tensors(folder: Path, files: Mapping[str, Any]) -> dict[str, str]:
     """Tensor name → file name, checked against the index if there is one."""
     found = {name: file for file, handle in files.items() for name in handle.keys()}  # noqa: SIM118 - no mapping
-    if (folder / INDEX).is_file():
+    if SINGLE not in files:
         weight_map: dict[str, str] = _read_json(folder / INDEX)["weight_map"]
         for name, shard in weight_map.items():
             if name not in files[shard].keys():  # noqa: SIM118 - safe_open is no mapping
@@ -228,12 +240,12 @@ def _locate_tensors(folder: Path, files: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def _spec(file: Any, file_name: str, name: str) -> TensorSpec:
+def _spec(file: Any, path: Path, name: str) -> TensorSpec:
     view = file.get_slice(name)
     dtype = _DTYPES.get(view.get_dtype())
     if dtype is None:
         raise CheckpointError(
-            f"{file_name}: {name} has the dtype {view.get_dtype()}, which cannot be merged: use the unquantized weights"
+            f"{path}: {name} has the dtype {view.get_dtype()}, which cannot be merged: use the unquantized weights"
         )
     return TensorSpec(shape=tuple(view.get_shape()), dtype=dtype)
 

@@ -42,6 +42,8 @@ COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "apply": (ApplyConfig, _run_apply),
 }
 
+#: What to say when a command is interrupted.
+GOES_ON = {"tvmerge jglue": "the same command goes on where it stopped"}
 #: Settings that are given without a flag.
 POSITIONAL = {"recipe": "a recipe.yaml that a run has written"}
 
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     command = "tvmerge"
     try:
-        arguments = _parser().parse_args(None if argv is None else list(argv))
+        arguments = _parser().parse_args(_configuration_first(sys.argv[1:] if argv is None else argv))
         command = f"tvmerge {arguments.command}"
         values = arguments[arguments.command].as_dict()
         values.pop("config", None)
@@ -90,9 +92,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that has gone
         return _complain(command, error, status=1)
     except KeyboardInterrupt:
-        print(f"\n{command}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print(f"\n{command}: interrupted; {GOES_ON.get(command, 'nothing was written')}", file=sys.stderr)
         return 130
     return 0
+
+
+def _configuration_first(arguments: Sequence[str]) -> list[str]:
+    """Move `--config FILE` to right behind the command: whatever their order, flags win over the file."""
+    rest, files = [], []
+    waiting = iter(arguments)
+    for argument in waiting:
+        if argument == "--config":
+            files += [argument, *([following] if (following := next(waiting, None)) is not None else [])]
+        elif argument.startswith("--config="):
+            files.append(argument)
+        else:
+            rest.append(argument)
+    return [*rest[:1], *files, *rest[1:]]
 
 
 def _complain(command: str, error: Exception, *, status: int, hint: str = "") -> int:

@@ -11,7 +11,7 @@ from tvmerge.errors import ConfigError
 __all__ = ["ApplyConfig", "JglueConfig"]
 
 #: Settings that change where or how long a run runs, and no score: a study may be resumed with others.
-NOT_IDENTITY = frozenset({"n_trials", "cache_dir", "output_dir"})
+NOT_IDENTITY = frozenset({"n_trials", "cache_dir", "output_dir", "task_dir"})
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tvmerge.errors import ConfigError
 
-__all__ = ["check_writable", "staged_directory", "write_text"]
+__all__ = ["check_writable", "remove_staged", "staged_directory", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -28,27 +28,40 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def staged_directory(path: Path) -> Iterator[Path]:
-    """A folder to write into, renamed to `path` at the end; removed if anything was raised.
+def staged_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A folder to write into, flushed to the disk and renamed to `path` at the end; removed if anything was raised.
 
-    A folder that was at `path` before stays until the new one is complete.
+    Args:
+        path: where the folder appears; an empty folder may be there.
+        replace: whether a folder with something in it may be there, which stays until the new one is complete.
     """
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         yield staging
-        _open_up(staging)
-        if path.exists():
+        _finish(staging)
+        if replace and path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
             path.replace(old / path.name)
-            staging.replace(path)
-            shutil.rmtree(old)
+            try:
+                staging.replace(path)
+            except OSError:
+                (old / path.name).replace(path)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
-            staging.replace(path)
+            staging.replace(path)  # over an empty folder, never over a full one
+        _flush(path.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def remove_staged(directory: Path, name: str) -> None:
+    """Remove what a kill left of `staged_directory(directory / name)`. No other process may be at work there."""
+    for leftover in directory.iterdir():
+        if leftover.name.startswith(f".{name}.") and leftover.name.endswith(".tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_writable(directory: Path) -> None:
@@ -58,18 +71,31 @@ def check_writable(directory: Path) -> None:
         ConfigError: with the path and what is in the way.
     """
     existing = directory
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    try:
+        while not existing.exists() and existing != existing.parent:
+            existing = existing.parent
+    except OSError as error:
+        raise ConfigError(f"--output_dir {directory}: {error.strerror}, name another folder") from error
     if not existing.is_dir():
         raise ConfigError(f"--output_dir {directory}: {existing} is a file, name a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"--output_dir {directory}: no permission to write in {existing}")
 
 
-def _open_up(staging: Path) -> None:
-    """Give a staged folder and its files the permissions that new ones have; safetensors and mkdtemp give fewer."""
+def _finish(staging: Path) -> None:
+    """Flush a staged folder to the disk, with the permissions of new files; safetensors and mkdtemp give fewer."""
     mask = os.umask(0o022)
     os.umask(mask)
-    staging.chmod(0o777 & ~mask)
     for path in staging.iterdir():
         path.chmod(0o666 & ~mask)
+        _flush(path)
+    staging.chmod(0o777 & ~mask)
+    _flush(staging)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from tvmerge import __version__
-from tvmerge.checkpoint import Checkpoint, ModelId, copy_model_files, resolve, write_weights
+from tvmerge.checkpoint import Checkpoint, copy_model_files, resolve, write_weights
 from tvmerge.errors import ConfigError, RecipeError
 from tvmerge.files import check_writable, staged_directory, write_text
 from tvmerge.granularity import GRANULARITIES
@@ -58,7 +58,7 @@ class Sources:
 class Recipe:
     """Everything that determines a merged model, and what was measured on it."""
 
-    target: Mapping[str, str | None]  # {model: folder or Hub id, revision: commit or null}
+    target: Mapping[str, str | None]  # {model: folder or Hub id, revision: commit or null, fingerprint}
     base: Mapping[str, str | None]
     tuned: Mapping[str, str | None]
     granularity: str
@@ -98,17 +98,21 @@ class Recipe:
             source = getattr(self, role)
             if not isinstance(source, dict) or not isinstance(source.get("model"), str):
                 raise RecipeError(f"{path}: {role} must hold a model: a folder or a Hub id")
+            if not all(isinstance(value, (str, type(None))) for value in source.values()):
+                raise RecipeError(f"{path}: {role} must hold text only: model, revision, fingerprint")
         for key, value, registry in (
             ("granularity", self.granularity, GRANULARITIES),
             ("method", self.method, METHODS),
         ):
-            if value not in registry:
+            if not isinstance(value, str) or value not in registry:
                 raise RecipeError(f"{path}: unknown {key} {value!r}, known are {', '.join(registry)}")
         if not isinstance(self.omit, (list, tuple)) or not all(isinstance(name, str) for name in self.omit):
             raise RecipeError(f"{path}: omit must be a list of tensor names")
         if not isinstance(self.weights, dict):
             raise RecipeError(f"{path}: weights must map weight names to numbers")
         for name, weight in self.weights.items():
+            if not isinstance(name, str):
+                raise RecipeError(f"{path}: {name!r} is no name of a weight")
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 raise RecipeError(f"{path}: the weight of {name} is {weight!r}, not a finite number")
 
@@ -122,14 +126,19 @@ class Recipe:
 
         Raises:
             CheckpointError: one of them cannot be found or read.
+            RecipeError: a local folder has gone, or holds other weights than when the recipe was written.
         """
         found = {}
         for role in ("target", "base", "tuned"):
             source = getattr(self, role)
-            revision = source.get("revision")
-            found[role] = Checkpoint(
-                resolve(source["model"] + (f"@{revision}" if revision else ""), cache_dir=cache_dir)
-            )
+            name, revision = source["model"], source.get("revision")
+            if not revision and not Path(name).expanduser().is_dir():
+                raise RecipeError(f"the {role} model was the local folder {name}, which is not here")
+            found[role] = Checkpoint(resolve(name + (f"@{revision}" if revision else ""), cache_dir=cache_dir))
+            if source.get("fingerprint") not in (None, found[role].fingerprint):
+                raise RecipeError(
+                    f"the weights in {name} are not those of the recipe's {role} model: they were changed"
+                )
         return Sources(**found)
 
     def rebuild(self, sources: Sources) -> StateDict:
@@ -149,9 +158,10 @@ class Recipe:
         return merge.at(self.weights)
 
 
-def source_entry(model: ModelId) -> dict[str, str | None]:
+def source_entry(checkpoint: Checkpoint) -> dict[str, str | None]:
     """A model as a recipe holds it."""
-    return {"model": model.name, "revision": model.revision}
+    model = checkpoint.model
+    return {"model": model.name, "revision": model.revision, "fingerprint": checkpoint.fingerprint}
 
 
 def library_versions() -> dict[str, str]:
@@ -183,8 +193,9 @@ def apply_recipe(path: Path, *, output: Path, cache_dir: str | None = None) -> N
     Raises:
         InputError: the recipe, its sources or the output folder cannot work; nothing was written.
     """
-    check_writable(output)
-    if output.exists() and any(output.iterdir()):
+    output = output.expanduser().resolve()
+    check_writable(output.parent)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output_dir {output}: exists and is not empty, name a new folder")
     recipe = Recipe.load(path)
     sources = recipe.open_sources(cache_dir=cache_dir)

@@ -62,6 +62,9 @@ def verdict(best: Candidate, references: Sequence[Candidate], *, heldout: bool) 
     for reference in references:
         gain = paired_gain(best.scores, reference.scores)
         if gain is None:
+            lines.append(
+                f"{best.label} cannot be compared with {reference.label}: a task has no question scored for both"
+            )
             continue
         difference = f"{gain.mean:+.3f} ± {gain.standard_error:.3f} (standard error)"
         lines.append(f"{best.label} is {_comparison(gain)} {reference.label}: {difference}")
@@ -81,7 +84,7 @@ def model_card(recipe: Recipe, *, table: str, verdict_text: str, weights: Mappin
     # The Hub takes ids only, and refuses a folder of somebody's machine.
     of_hub = [source["model"] for source in (recipe.target, recipe.base, recipe.tuned) if source["revision"]]
     if of_hub:
-        metadata["base_model"] = of_hub
+        metadata["base_model"] = list(dict.fromkeys(of_hub))
     header = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     weight_rows = "\n".join(f"| {name} | {weight:.4f} |" for name, weight in weights.items())
     return f"""---

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 import yaml
 
-from tvmerge.checkpoint import Checkpoint, check_mergeable, check_same_vocabulary, resolve
+from tvmerge.checkpoint import Checkpoint, ModelId, check_mergeable, check_same_vocabulary, resolve
 from tvmerge.config import JglueConfig
-from tvmerge.errors import ConfigError, RecipeError
-from tvmerge.evaluators import Evaluator, QuestionScore, mean_score, task_scores
-from tvmerge.evaluators.lm_eval import HarnessModel, LmEvalEvaluator, Split, load_tasks, split_questions
-from tvmerge.files import check_writable, staged_directory, write_text
+from tvmerge.errors import CheckpointError, ConfigError, RecipeError
+from tvmerge.evaluators import QuestionScore, mean_score, task_scores
+from tvmerge.evaluators.lm_eval import HarnessModel, LmEvalEvaluator, load_tasks, split_questions
+from tvmerge.files import check_writable, remove_staged, staged_directory, write_text
 from tvmerge.merge import Merge
-from tvmerge.models.transformers import TransformersModel, unread_tensors
+from tvmerge.models.transformers import TransformersModel, load_tokenizer, unread_tensors
 from tvmerge.progress import RunProgress
 from tvmerge.recipe import RECIPE_FILE, Recipe, Sources, library_versions, source_entry, write_model
 from tvmerge.report import Candidate, model_card, score_table, verdict
@@ -34,23 +34,26 @@ def jglue(config: JglueConfig) -> None:
 
     Raises:
         InputError: something that the user gave cannot work; nothing was written.
-        RunError: three trials in a row failed.
+        RunError: a baseline failed, or three trials in a row.
     """
-    output = Path(config.output_dir)
+    output = Path(config.output_dir).expanduser()
     check_output(output)
-    sources = open_models(config)
-    omit = unread_tensors(sources.target.model.path, sources.target.names)
-    merge = sources.merge(granularity=config.optimize_mode, method=METHOD, omit=omit)
     device = choose_device(config.device)
-    splits = split_tasks(config)
+    questions = ask_tasks(config)
+    sources = open_models(config)
+    models = (sources.target, sources.base, sources.tuned)
+    omit = sorted({name for model in models for name in unread_tensors(model)})
+    merge = sources.merge(granularity=config.optimize_mode, method=METHOD, omit=omit)
+    load_tokenizer(sources.target.model.path)
     output.mkdir(parents=True, exist_ok=True)
-    study = open_study(config, sources, merge)
+    study = open_study(config, output, sources=sources, merge=merge, questions=questions, device=device)
     try:
-        write_text(output / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
-        model = TransformersModel.from_folder(
-            sources.target.model.path, checkpoint_names=merge.target.names, device=device
-        )
-        JglueRun(config=config, sources=sources, merge=merge, omit=omit, study=study, model=model, splits=splits).run()
+        remove_staged(output, "best")
+        settings = {**asdict(config), "n_trials": max(config.n_trials, study.n_finished)}
+        write_text(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        folder = sources.target.model.path
+        model = TransformersModel.from_folder(folder, checkpoint_names=merge.target.names, device=device)
+        JglueRun(config, output, sources, merge, omit, study, model, questions).run()
     finally:
         study.close()
 
@@ -58,6 +61,8 @@ def jglue(config: JglueConfig) -> None:
 def check_output(output: Path) -> None:
     """Refuse an output folder that cannot be written, or whose `best` is not ours to replace."""
     check_writable(output)
+    if "?" in str(output.absolute()):
+        raise ConfigError(f"--output_dir {output}: sqlite cannot have a '?' in a path, name another folder")
     if (output / "best").exists() and not (output / "study.db").exists():
         raise ConfigError(f"--output_dir {output}: holds a 'best' that no study made, name another folder")
 
@@ -94,28 +99,54 @@ def choose_device(name: str) -> str:
     return name
 
 
-def split_tasks(config: JglueConfig) -> dict[str, Split]:
-    """Load the tasks once to check them and to choose their questions."""
-    task_dir = None if config.task_dir is None else Path(config.task_dir)
-    splits = {}
-    for name, task in load_tasks(config.tasks, task_dir=task_dir).items():
-        limit = config.limits[name]
-        n_questions = len(task.eval_docs)
-        split = split_questions(
+@dataclass(frozen=True)
+class Questions:
+    """The questions of a run, ready to be asked."""
+
+    search: LmEvalEvaluator
+    heldout: LmEvalEvaluator | None  # None: none is held out
+    notes: Sequence[str]  # what the user should know of them
+
+
+def ask_tasks(config: JglueConfig) -> Questions:
+    """Load the tasks, choose their questions and build all requests, which no model is needed for."""
+    task_dir = None if config.task_dir is None else Path(config.task_dir).expanduser()
+    # Tasks hold their requests, so each split has tasks of its own.
+    tasks = [load_tasks(config.tasks, task_dir=task_dir) for _ in ("search", "heldout")]
+    splits, notes = {}, []
+    for name, task in tasks[0].items():
+        n_questions, limit = len(task.eval_docs), config.limits[name]
+        splits[name] = split_questions(
             name=name, n_questions=n_questions, holdout=config.holdout, limit=limit, seed=config.question_seed
         )
-        if limit is not None and limit > len(split.search):
-            print(f"task {name}: --jglue_limit {limit} is more than the {len(split.search)} questions it can search on")
-        splits[name] = split
-    return splits
+        n_search = len(splits[name].search)
+        if limit is not None and limit > n_search:
+            notes.append(f"task {name}: the limit of {limit} is more than the {n_search} questions left to search on")
+    searched = {name: split.search for name, split in splits.items()}
+    heldout = {name: split.heldout for name, split in splits.items()}
+    return Questions(
+        search=LmEvalEvaluator(tasks=tasks[0], questions=searched, seed=config.question_seed),
+        heldout=LmEvalEvaluator(tasks=tasks[1], questions=heldout, seed=config.question_seed)
+        if config.holdout
+        else None,
+        notes=notes,
+    )
 
 
-def open_study(config: JglueConfig, sources: Sources, merge: Merge) -> MergeStudy:
-    """Create or resume the study of a configuration."""
-    revisions = {f"{role}_revision": getattr(sources, role).model.revision for role in ("target", "base", "tuned")}
+def open_study(
+    config: JglueConfig, output: Path, *, sources: Sources, merge: Merge, questions: Questions, device: str
+) -> MergeStudy:
+    """Create or resume the study of a configuration, known by what it asks of which weights, not by their paths."""
+    asked = [evaluator.fingerprint for evaluator in (questions.search, questions.heldout) if evaluator is not None]
+    identity = {
+        **config.identity(),
+        **{f"{role}_model": f"weights {getattr(sources, role).fingerprint}" for role in ("target", "base", "tuned")},
+        "questions": asked,
+        "device": device.partition(":")[0],
+    }
     return MergeStudy(
-        output_dir=Path(config.output_dir),
-        identity={**config.identity(), **revisions},
+        output_dir=output,
+        identity=identity,
         weight_names=merge.weight_names,
         weight_range=(config.weight_min, config.weight_max),
         sampler=config.optuna_sampler,
@@ -129,78 +160,69 @@ class JglueRun:
     """A run whose every part is checked and open."""
 
     config: JglueConfig
+    output: Path
     sources: Sources
     merge: Merge
     omit: Sequence[str]
     study: MergeStudy
     model: TransformersModel
-    splits: Mapping[str, Split]
+    questions: Questions
 
     def run(self) -> None:
         """Run the trials that are not done yet, then prove and save the best."""
         harness = HarnessModel(self.model, batch_size=self.config.batch_size)
         progress = RunProgress(n_trials=self.config.n_trials, n_finished=self.study.n_finished)
-        per_trial, held_out = (sum(len(getattr(s, k)) for s in self.splits.values()) for k in ("search", "heldout"))
+        for note in self.questions.notes:
+            progress.note(note)
+        heldout = self.questions.heldout.n_questions if self.questions.heldout else 0
         progress.note(
-            f"{len(self.merge.weight_names)} weights, {per_trial} questions per trial, {held_out} held out; "
-            f"{self.study.n_finished} of {self.config.n_trials} trials done"
+            f"{len(self.merge.weight_names)} weights, {self.questions.search.n_questions} questions per trial, "
+            f"{heldout} held out; {self.study.n_finished} of {self.config.n_trials} trials done"
         )
         try:
-            if self.study.n_finished < self.config.n_trials:
-                self._search(self._evaluator(harness, "search"), progress)
+            self._search(harness, progress)
             candidates = self._prove(harness, progress)
         finally:
             progress.close()
         self._save(candidates)
 
-    def _evaluator(self, harness: HarnessModel, split: str) -> LmEvalEvaluator:
-        # Tasks hold their requests, so each split has tasks of its own.
-        task_dir = None if self.config.task_dir is None else Path(self.config.task_dir)
-        return LmEvalEvaluator(
-            tasks=load_tasks(self.config.tasks, task_dir=task_dir),
-            questions={name: getattr(questions, split) for name, questions in self.splits.items()},
-            model=harness,
-            seed=self.config.question_seed,
-        )
-
     def _score(
-        self, state_dict: StateDict, evaluator: Evaluator, progress: RunProgress, what: str
+        self, state_dict: StateDict, evaluator: LmEvalEvaluator, harness: HarnessModel, progress: RunProgress, what: str
     ) -> Sequence[QuestionScore]:
         advance, close = progress.count_questions(evaluator.n_questions, what)
         try:
             self.model.load(state_dict)
-            return evaluator.score(advance)
+            return evaluator.score(harness, advance)
         finally:
             close()
 
-    def _search(self, evaluator: Evaluator, progress: RunProgress) -> None:
+    def _search(self, harness: HarnessModel, progress: RunProgress) -> None:
         def evaluate(weights: Mapping[str, float]) -> Sequence[QuestionScore]:
-            return self._score(self.merge.at(weights), evaluator, progress, "questions")
+            return self._score(self.merge.at(weights), self.questions.search, harness, progress, "questions")
 
         while self.study.n_finished < self.config.n_trials:
             result = self.study.run_trial(evaluate)
-            best = self.study.best() if self.study.results() else None
-            progress.finish_trial(
-                score=None if result is None else result.score,
-                best=None if best is None else (best.score, best.number),
-            )
+            best = self.study.best()
+            progress.finish_trial(score=None if result is None else result.score, best=(best.score, best.number))
             if result is None:
                 progress.note(f"  {self.study.last_failure()}")
 
+    @property
+    def _split(self) -> str:
+        return "search" if self.questions.heldout is None else "heldout"
+
     def _prove(self, harness: HarnessModel, progress: RunProgress) -> list[Candidate]:
         """Score target, tuned, uniform and best on the held-out questions; what was scored before is not again."""
-        split = "heldout" if self.config.holdout > 0 else "search"
-        evaluator: LmEvalEvaluator | None = None
+        evaluator = self.questions.heldout or self.questions.search
         candidates = []
         for label, trial in self._columns():
             model = "tuned" if trial is None else "merge"
             number = None if trial is None else trial.number
-            scores = self.study.scores.find(model=model, trial=number, split=split)
-            if len(scores) != sum(len(getattr(questions, split)) for questions in self.splits.values()):
-                evaluator = evaluator or self._evaluator(harness, split)
+            scores = self.study.scores.find(model=model, trial=number, split=self._split)
+            if len(scores) != evaluator.n_questions:
                 state_dict = Without(self.sources.tuned, self.omit) if trial is None else self.merge.at(trial.weights)
-                measured = self._score(state_dict, evaluator, progress, f"{split} {label}")
-                self.study.scores.replace(measured, model=model, trial=number, split=split)
+                measured = self._score(state_dict, evaluator, harness, progress, f"{self._split} {label}")
+                self.study.scores.replace(measured, model=model, trial=number, split=self._split)
                 scores = list(measured)
             candidates.append(Candidate(label=label, scores=scores))
         return candidates
@@ -209,30 +231,27 @@ class JglueRun:
         """Column head → the trial it shows, None for the tuned model."""
         results = {result.number: result for result in self.study.results()}
         uniform = [results[n] for n in range(self.study.n_uniform) if n in results]
-        columns: list[tuple[str, TrialResult | None]] = []
-        if 0 in results:
-            columns.append(("target", results[0]))
-        columns.append(("tuned", None))
-        if 1 in results:
-            columns.append(("uniform 1", results[1]))
-        if uniform:
-            best_uniform = max(uniform, key=lambda result: (result.score, -result.number))
-            weight = next(iter(best_uniform.weights.values()))
-            columns.append((f"best uniform ({weight:g})", best_uniform))
-        columns.append(("best", self.study.best()))
-        return columns
+        best_uniform = max(uniform, key=lambda result: (result.score, -result.number))
+        weight = next(iter(best_uniform.weights.values()))
+        return [
+            ("target", results[0]),
+            ("tuned", None),
+            ("uniform 1", results[1]),
+            (f"best uniform ({weight:g})", best_uniform),
+            ("best", self.study.best()),
+        ]
 
     def _save(self, candidates: Sequence[Candidate]) -> None:
         best = self.study.best()
         table = score_table(candidates)
-        words = verdict(candidates[-1], candidates[:-1], heldout=self.config.holdout > 0)
+        words = verdict(candidates[-1], candidates[:-1], heldout=self.questions.heldout is not None)
         if best.number == 0:
             nothing = "Nothing that was tried scored higher than the target: the best merge is the target itself."
             words = f"{nothing}\n\n{words}"
         recipe = self._recipe(best, candidates[-1].scores)
-        output = Path(self.config.output_dir) / "best"
+        output = self.output / "best"
         if not _is_written(recipe, output):
-            with staged_directory(output) as staging:
+            with staged_directory(output, replace=True) as staging:
                 write_model(recipe, self.sources, staging)
                 card = model_card(recipe, table=table, verdict_text=words, weights=best.weights)
                 write_text(staging / "README.md", card)
@@ -240,9 +259,8 @@ class JglueRun:
         print(f"The best merge is trial {best.number} of {self.study.n_finished}; it is saved in {output}")
 
     def _recipe(self, best: TrialResult, scores: Sequence[QuestionScore]) -> Recipe:
-        split = "heldout" if self.config.holdout > 0 else "search"
         return Recipe(
-            **{role: source_entry(getattr(self.sources, role).model) for role in ("target", "base", "tuned")},
+            **{role: source_entry(getattr(self.sources, role)) for role in ("target", "base", "tuned")},
             granularity=self.config.optimize_mode,
             method=METHOD,
             weights=dict(best.weights),
@@ -250,8 +268,8 @@ class JglueRun:
             score={
                 "trial": best.number,
                 "search": best.score,
-                split: mean_score(scores),
-                f"{split}_tasks": task_scores(scores),
+                self._split: mean_score(scores),
+                f"{self._split}_tasks": task_scores(scores),
             },
             versions=library_versions(),
         )
@@ -260,6 +278,7 @@ class JglueRun:
 def _is_written(recipe: Recipe, folder: Path) -> bool:
     """Whether a folder, which appears whole or not at all, holds the model of this recipe."""
     try:
+        Checkpoint(ModelId(name=str(folder), revision=None, path=folder))
         return Recipe.load(folder / RECIPE_FILE) == recipe
-    except RecipeError:
+    except (CheckpointError, RecipeError):
         return False

@@ -17,14 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from filelock import FileLock, Timeout
 from optuna.distributions import FloatDistribution
+from optuna.exceptions import OptunaError
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from tvmerge.errors import RunError, StudyError
 from tvmerge.evaluators import QuestionScore, mean_score, task_scores
 from tvmerge.files import write_text
 from tvmerge.samplers import SeededSampler
+from tvmerge.search import BASELINES
 
 __all__ = ["MergeStudy", "ScoreLog", "TrialResult"]
 
@@ -53,11 +58,16 @@ class ScoreLog:
         self.path = path
 
     def lines(self) -> list[dict[str, Any]]:
-        """All whole lines; one that was torn by a kill is left out."""
+        """All whole lines; one that was torn is left out."""
         if not self.path.exists():
             return []
-        whole = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in whole if line]
+        entries = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:  # what a power cut leaves
+                continue
+        return entries
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop all other lines."""
@@ -104,7 +114,7 @@ class MergeStudy:
         uniform: uniform weights of the first trials.
 
     Raises:
-        StudyError: the folder holds a study of another identity, or another process runs in it.
+        StudyError: the folder holds a study of another identity, or a file that is none, or another process runs in it.
     """
 
     def __init__(
@@ -126,16 +136,26 @@ class MergeStudy:
         ranges = {name: FloatDistribution(*weight_range) for name in weight_names}
         first = [dict.fromkeys(weight_names, weight) for weight in uniform]
         self.scores = ScoreLog(output_dir / "scores.jsonl")
-        self._study = optuna.create_study(
-            study_name=STUDY_NAME,
-            storage=f"sqlite:///{output_dir / 'study.db'}",
-            sampler=SeededSampler(name=sampler, seed=seed, search_space=ranges, first=first),
-            direction="maximize",
-            load_if_exists=True,
-        )
-        self._check_identity(output_dir, json.loads(json.dumps(identity)))
-        finished = {trial.number for trial in self._trials(TrialState.COMPLETE)}
-        self.scores.keep(lambda line: line["split"] == "heldout" or line["trial"] in finished)
+        self._storage: RDBStorage | None = None
+        try:
+            self._storage = RDBStorage(f"sqlite:///{output_dir / 'study.db'}")
+            self._study = optuna.create_study(
+                study_name=STUDY_NAME,
+                storage=self._storage,
+                sampler=SeededSampler(name=sampler, seed=seed, search_space=ranges, first=first),
+                direction="maximize",
+                load_if_exists=True,
+            )
+            self._check_identity(output_dir, json.loads(json.dumps(identity)))
+            finished = {trial.number for trial in self._trials(TrialState.COMPLETE)}
+            self.scores.keep(lambda line: line["split"] == "heldout" or line["trial"] in finished)
+        except (SQLAlchemyError, OptunaError) as error:
+            self.close()
+            reason = " ".join(str(error).split())[:200]
+            raise StudyError(f"{output_dir / 'study.db'}: cannot be opened as a study: {reason}") from error
+        except BaseException:
+            self.close()
+            raise
 
     def _check_identity(self, output_dir: Path, identity: dict[str, Any]) -> None:
         known = self._study.user_attrs.get("identity")
@@ -145,11 +165,13 @@ class MergeStudy:
         different = sorted(key for key in known.keys() | identity.keys() if known.get(key) != identity.get(key))
         if different:
             was = ", ".join(f"{key} was {known.get(key)!r} and is {identity.get(key)!r}" for key in different)
-            self.close()
             raise StudyError(f"{output_dir} holds a study of another configuration: {was}: name another --output_dir")
 
     def close(self) -> None:
         """Let another process have the folder."""
+        if self._storage is not None:
+            self._storage.remove_session()
+            self._storage.engine.dispose()
         self._lock.release()
 
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
@@ -195,7 +217,8 @@ class MergeStudy:
             None if the trial failed; it is recorded as failed, with its weights and the reason.
 
         Raises:
-            RunError: the last trials all failed.
+            RunError: the last trials all failed, or this one did and must not be given up: a baseline, or a trial that
+                ran out of memory or disk. It is run again by the next process.
         """
         unfinished = self._trials(TrialState.RUNNING)
         trial = Trial(self._study, unfinished[0]._trial_id) if unfinished else self._study.ask()
@@ -206,7 +229,9 @@ class MergeStudy:
             score = mean_score(scores)
             if score is None:
                 raise RunError("no question of a task could be scored")
-        except Exception as error:  # noqa: BLE001 - whatever breaks a trial is recorded with it
+        except Exception as error:
+            if trial.number < len(BASELINES) or isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
+                raise RunError(f"trial {trial.number}: {_reason(error)}") from error
             self._fail(trial, error)
             return None
         trial.set_user_attr("task_scores", task_scores(scores))
@@ -225,12 +250,16 @@ class MergeStudy:
         return {name: trial.suggest_float(name, low, high) for name in self._weight_names}
 
     def _fail(self, trial: Trial, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = _reason(error)
         trial.set_user_attr("failure", reason)
         self._study.tell(trial, state=TrialState.FAIL)
         last = self._trials(TrialState.COMPLETE, TrialState.FAIL)[-MAX_FAILURES_IN_A_ROW:]
         if len(last) == MAX_FAILURES_IN_A_ROW and all(t.state == TrialState.FAIL for t in last):
             raise RunError(f"{MAX_FAILURES_IN_A_ROW} trials in a row failed, the last with {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _result(trial: FrozenTrial) -> TrialResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 __all__ = ["Evaluator", "Progress", "QuestionScore", "mean_score", "task_scores"]
 
@@ -23,13 +23,17 @@ class QuestionScore:
 
 
 class Evaluator(Protocol):
-    """Scores the live model that it was built on."""
+    """Questions, ready to be put to a live model."""
 
     @property
     def n_questions(self) -> int:
         """How many questions one call of `score` scores."""
 
-    def score(self, progress: Progress) -> Sequence[QuestionScore]:
+    @property
+    def fingerprint(self) -> str:
+        """A digest of everything that a model is asked."""
+
+    def score(self, model: Any, progress: Progress) -> Sequence[QuestionScore]:
         """Score every question once, always in the same order."""
 
 

@@ -6,16 +6,20 @@ Tasks and requests are built once. A trial costs the model's forward passes and 
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
+import json
 import logging
 import math
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
@@ -66,6 +70,7 @@ def load_tasks(names: Sequence[str], *, task_dir: Path | None) -> dict[str, Conf
         TaskError: an unknown name, a group, or a task that has no data here or no accuracy.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
     manager = _task_manager(frozenset(names), task_dir)
     tasks = {}
     for name in names:
@@ -111,12 +116,12 @@ def _check_task(name: str, task: ConfigurableTask) -> None:
         raise TaskError(f"task {name}: has no questions")
 
 
+@dataclass(frozen=True)
 class Split:
-    """The questions of one task: those that a search sees, and those held out to judge what it found."""
+    """The questions of one task, as sorted indices."""
 
-    def __init__(self, search: Sequence[int], heldout: Sequence[int]) -> None:
-        self.search = sorted(search)
-        self.heldout = sorted(heldout)
+    search: Sequence[int]  # that a search sees
+    heldout: Sequence[int]  # to judge what it found
 
 
 def split_questions(*, name: str, n_questions: int, holdout: float, limit: int | None, seed: int) -> Split:
@@ -138,7 +143,7 @@ def split_questions(*, name: str, n_questions: int, holdout: float, limit: int |
     heldout, rest = order[:n_heldout], order[n_heldout:]
     if not rest or (holdout > 0 and not heldout):
         raise TaskError(f"task {name}: {n_questions} questions are too few to hold out a share of {holdout}")
-    return Split(search=rest[:limit], heldout=heldout)
+    return Split(search=sorted(rest[:limit]), heldout=sorted(heldout))
 
 
 class LmEvalEvaluator:
@@ -147,8 +152,10 @@ class LmEvalEvaluator:
     Args:
         tasks: name → task, as `load_tasks` gives them; they belong to this evaluator from now on.
         questions: task name → sorted indices of its questions, never empty.
-        model: the live model in lm-eval's wrapper.
         seed: of the draws of tasks that sample their answers.
+
+    Raises:
+        TaskError: a question that the task's own templates cannot put.
     """
 
     def __init__(
@@ -156,29 +163,42 @@ class LmEvalEvaluator:
         *,
         tasks: Mapping[str, ConfigurableTask],
         questions: Mapping[str, Sequence[int]],
-        model: HarnessModel,
         seed: int = 0,
     ) -> None:
         self._tasks = dict(tasks)
         self._questions = {name: list(questions[name]) for name in tasks}
-        self._model = model
         self._seed = seed
         for name, task in self._tasks.items():
-            with redirect_stderr(io.StringIO()):  # a progress bar for each task
-                task.build_all_requests(samples=self._questions[name])
+            try:
+                with redirect_stderr(io.StringIO()):  # a progress bar for each task
+                    task.build_all_requests(samples=self._questions[name])
+            except Exception as error:
+                raise TaskError(f"task {name}: a question cannot be put: {_one_line(error)}") from error
 
     @property
     def n_questions(self) -> int:
         """How many questions one call of `score` scores."""
         return sum(len(questions) for questions in self._questions.values())
 
-    def score(self, progress: Progress) -> list[QuestionScore]:
+    @property
+    def fingerprint(self) -> str:
+        """A digest of every request: prompts, few-shot examples, answers, generation settings."""
+        digest = hashlib.sha256()
+        for name, task in self._tasks.items():
+            for instance in task.instances:
+                question = self._questions[name][instance.doc_id]
+                asked = [name, question, instance.idx, instance.request_type, list(instance.args), instance.doc]
+                digest.update(json.dumps(asked, default=str, sort_keys=True).encode())
+        return digest.hexdigest()[:16]
+
+    def score(self, model: HarnessModel, progress: Progress) -> list[QuestionScore]:
         """Score every question once, in the order of tasks and indices."""
-        torch.manual_seed(self._seed)
-        self._run(progress)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            self._run(model, progress)
         return [score for name in self._tasks for score in self._collect(name)]
 
-    def _run(self, progress: Progress) -> None:
+    def _run(self, model: HarnessModel, progress: Progress) -> None:
         done: set[tuple[str, int]] = set()
         requests: dict[str, list[Instance]] = {}
         for task in self._tasks.values():
@@ -189,8 +209,8 @@ class LmEvalEvaluator:
         for request_type, instances in requests.items():
             waiting = iter(instances)
             # Long enough for lm-eval to sort by length inside of it, short enough for the bar to move.
-            while chunk := list(islice(waiting, 16 * self._model.batch_size)):
-                answers = getattr(self._model, request_type)(chunk, disable_tqdm=True)
+            while chunk := list(islice(waiting, 16 * model.batch_size)):
+                answers = getattr(model, request_type)(chunk, disable_tqdm=True)
                 for instance, answer in zip(chunk, answers, strict=True):
                     instance.resps.append(answer)
                 asked = {(instance.task_name, instance.doc_id) for instance in chunk}

@@ -13,31 +13,47 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging
 
+from tvmerge.checkpoint import Checkpoint
 from tvmerge.errors import CheckpointError, IncompatibleError
 from tvmerge.state_dict import StateDict
 
-__all__ = ["TransformersModel", "unread_tensors"]
+__all__ = ["TransformersModel", "load_tokenizer", "unread_tensors"]
 
 
-def unread_tensors(folder: Path, checkpoint_names: Sequence[str]) -> list[str]:
+def unread_tensors(checkpoint: Checkpoint) -> list[str]:
     """Checkpoint tensors that the model does not hold as its own: duplicates of a tied tensor, stale buffers.
 
     Builds the model without memory for its weights and reads no weight.
 
-    Args:
-        folder: a model folder with its config.json.
-        checkpoint_names: names of the tensors in its files.
-
     Raises:
-        CheckpointError: transformers does not know the architecture.
+        CheckpointError: transformers does not know the architecture, or its configuration asks for other shapes.
         IncompatibleError: a parameter of the model is in no tensor of the checkpoint.
     """
     _be_quiet()
+    folder = checkpoint.model.path
     with _explained(folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    live = _live_tensors(model, checkpoint_names)
-    return [name for name in checkpoint_names if name not in live]
+    live = _live_tensors(model, checkpoint.names)
+    for name, tensor in live.items():
+        shape = checkpoint.spec(name).shape
+        if tuple(tensor.shape) != shape:
+            raise CheckpointError(
+                f"{folder}: {name} has the shape {list(shape)}, where config.json asks for {list(tensor.shape)}: "
+                "use the configuration of these weights"
+            )
+    return [name for name in checkpoint.names if name not in live]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model folder.
+
+    Raises:
+        CheckpointError: there is none, or transformers cannot load it.
+    """
+    _be_quiet()
+    with _explained(folder):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 class TransformersModel:
@@ -69,15 +85,14 @@ class TransformersModel:
             device: as torch spells it.
 
         Raises:
-            CheckpointError: transformers cannot load it.
+            CheckpointError: transformers cannot load it, or it does not fit on the device.
         """
-        _be_quiet()
+        tokenizer = load_tokenizer(folder)
         with _explained(folder):
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False
             )
-        model.to(torch.device(device)).eval()
+            model.to(torch.device(device)).eval()
         return cls(model, tokenizer, checkpoint_names)
 
     def load(self, state_dict: StateDict) -> None:
@@ -96,7 +111,7 @@ def _explained(folder: Path) -> Iterator[None]:
     """Turn what transformers raises on a folder it cannot load into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {' '.join(str(error).split())}") from error
 
 
