@@ -103,12 +103,16 @@ def test_a_broken_task_file_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_question_that_cannot_be_put_is_said_in_one_line(tmp_path: Path) -> None:
-    text = (TASKS / "tiny_choice.yaml").read_text().replace("{{question}}", "{{question.no.such}}")
+    text = (
+        (TASKS / "tiny_choice.yaml")
+        .read_text()
+        .replace("{{question}}", "{{question if label != 2 else question.no.such}}")
+    )
     (tmp_path / "tiny_choice.yaml").write_text(text)
     (tmp_path / "tiny_utils.py").write_text((TASKS / "tiny_utils.py").read_text())
     tasks = load_tasks(["tiny_choice"], task_dir=tmp_path)
     with pytest.raises(TaskError, match="task tiny_choice: a question cannot be put: UndefinedError") as caught:
-        LmEvalEvaluator(tasks=tasks, questions={"tiny_choice": [0]})
+        LmEvalEvaluator(tasks=tasks, questions={"tiny_choice": [0, 2]})
     assert "\n" not in str(caught.value)
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +132,47 @@ def test_the_written_configuration_runs_the_same(trio: Trio, finished: Path, tmp
     assert best(tmp_path / "again") == best(finished)
 
 
+def test_fewer_trials_than_are_done_run_none(trio: Trio, finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "fewer"
+    shutil.copytree(finished, output)
+    assert main(flags(trio, output, "--n_trials", "5")) == 0
+    assert trials(output) == trials(finished)
+    assert yaml.safe_load((output / "config.yaml").read_text())["n_trials"] == N_TRIALS
+
+
+def test_other_weights_in_the_same_folder_are_refused(
+    trio: Trio, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "moved"
+    shutil.copytree(finished, output)
+    shutil.copytree(trio.target, tmp_path / "target")
+    moved = flags(trio, output, "--target_model", str(tmp_path / "target"))
+    assert main(moved) == 0, "the same weights at another place are the same model"
+    shutil.copy(trio.tuned / "model.safetensors", tmp_path / "target")
+    capsys.readouterr()
+    assert main(moved) == 2
+    assert "target_model was 'weights " in capsys.readouterr().err
+
+
+def test_progress_on_a_terminal_shows_the_best_score_and_the_time_left(trio: Trio, tmp_path: Path) -> None:
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "tvmerge", *flags(trio, tmp_path / "out", "--n_trials", "4")]
+    environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=slave, env=environment)
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal closes when the process ends
+        while chunk := os.read(master, 4096):
+            shown += chunk
+    os.close(master)
+    assert process.wait() == 0
+    text = shown.decode()
+    assert re.search(r"5 weights, 18 questions per trial, 30 held out; 0 of 4 trials done", text)
+    assert re.search(r"trials: +75%.*3/4 \[\d+:\d+<\d+:\d+, .*best 0\.\d{3} \(trial \d\)", text)
+    assert re.search(r"questions: +\d+%.*/18 ", text)
+    assert re.search(r"heldout tuned: +\d+%.*/30 ", text)
+
+
 def test_more_trials_go_on_from_the_finished_ones(trio: Trio, finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "extended"
     assert main(flags(trio, output, "--n_trials", "8")) == 0
@@ -173,6 +219,56 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(
     assert best(output) == best(finished)
     lines, expected = ((folder / "scores.jsonl").read_text().splitlines() for folder in (output, finished))
     assert sorted(lines) == sorted(expected)
+
+
+#: Dies without a word at the n-th call of a function, in a run whose trials are all done.
+DIE = """
+import os, sys
+from tvmerge import files, recipe, study
+from tvmerge.cli import main
+
+module, name, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
+owner = {"files": files, "recipe": recipe, "ScoreLog": study.ScoreLog}[module]
+real, calls = getattr(owner, name), []
+
+
+def deadly(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == n:
+        os._exit(9)
+    return real(*args, **kwargs)
+
+
+setattr(owner, name, deadly)
+sys.exit(main(sys.argv[4:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "n"),
+    [
+        ("ScoreLog", "append", 2),  # between two models that are scored on the held-out questions
+        ("recipe", "copy_model_files", 1),  # weights written, the rest not
+        ("files", "_flush", 4),  # in the middle of flushing
+        ("files", "_flush", 9),  # best/ in its place, the old one not removed
+        *(pytest.param("files", "_flush", n, marks=pytest.mark.full) for n in (1, 2, 3, 5, 6, 7, 8)),
+        *(pytest.param("ScoreLog", "append", n, marks=pytest.mark.full) for n in (1, 3, 4)),
+    ],
+)
+def test_a_run_that_dies_after_its_trials_ends_like_one_that_does_not(
+    trio: Trio, finished: Path, tmp_path: Path, module: str, name: str, n: int
+) -> None:
+    output = tmp_path / "dying"
+    shutil.copytree(finished, output)
+    (output / "best" / "recipe.yaml").write_text("tvmerge: of an older version\n")
+    lines = (output / "scores.jsonl").read_text().splitlines(keepends=True)
+    (output / "scores.jsonl").write_text("".join(line for line in lines if '"split": "search"' in line))
+    command = [sys.executable, "-c", DIE, module, name, str(n), *flags(trio, output)]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 9
+    assert main(flags(trio, output)) == 0
+    assert best(output) == best(finished)
+    assert (output / "scores.jsonl").read_text() == (finished / "scores.jsonl").read_text()
+    assert not [path for path in output.iterdir() if path.name.endswith(".tmp")]
 
 
 def test_ctrl_c_keeps_everything_and_says_how_to_go_on(trio: Trio, finished: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,9 @@ class RunProgress:
 
     def __init__(self, *, n_trials: int, n_finished: int) -> None:
         self._terminal = sys.stderr.isatty()
+        # Some terminals say that they have no columns, and tqdm would show nothing there.
+        known = self._terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+        self._width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 110}
         self._n_trials = n_trials
         self._n_before = n_finished
         self._n_finished = n_finished
@@ -29,7 +33,7 @@ class RunProgress:
         self._trials = self._bar(desc="trials", total=n_trials, initial=n_finished, unit="trial")
 
     def _bar(self, **options: Any) -> tqdm[Any]:
-        return tqdm(disable=not self._terminal, dynamic_ncols=True, file=sys.stderr, **options)
+        return tqdm(disable=not self._terminal, file=sys.stderr, **self._width, **options)
 
     def note(self, text: str) -> None:
         """Print a line above the bars."""
