@@ -23,9 +23,9 @@ class RunProgress:
 
     def __init__(self, *, n_trials: int, n_finished: int) -> None:
         self._terminal = sys.stderr.isatty()
-        # Some terminals say that they have no columns, and tqdm would show nothing there.
+        # Some terminals say that they have no columns and no rows, and tqdm would show nothing there.
         known = self._terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-        self._width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 110}
+        self._width: dict[str, Any] = {"dynamic_ncols": True} if known else {"ncols": 110, "nrows": 24}
         self._n_trials = n_trials
         self._n_before = n_finished
         self._n_finished = n_finished
