@@ -42,7 +42,9 @@ def flags(trio: Trio, output: Path, *more: str) -> list[str]:
 def trials(output: Path) -> list[tuple[int, dict[str, float], float | None, object]]:
     storage = RDBStorage(f"sqlite:///{output / 'study.db'}")
     study = optuna.load_study(study_name="tvmerge", storage=storage)
-    found = [(t.number, t.params, t.value, t.user_attrs["task_scores"]) for t in study.trials if t.value is not None]
+    found: list[tuple[int, dict[str, float], float | None, object]] = [
+        (t.number, t.params, t.value, t.user_attrs["task_scores"]) for t in study.trials if t.value is not None
+    ]
     storage.remove_session()
     storage.engine.dispose()
     return found
