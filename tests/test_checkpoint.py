@@ -55,6 +55,14 @@ def test_the_fingerprint_follows_the_weights_and_not_the_path(trio: Trio, tmp_pa
     assert opened(trio.base).fingerprint != opened(trio.target).fingerprint
 
 
+def test_the_fingerprint_sees_one_small_tensor_change(tmp_path: Path) -> None:
+    tensors = {"large.weight": torch.zeros(300, 300), "norm.weight": torch.ones(8)}
+    for name, value in (("one", 1.0), ("two", 7.0)):
+        (tmp_path / name).mkdir()
+        save_file({**tensors, "norm.weight": torch.full((8,), value)}, tmp_path / name / "model.safetensors")
+    assert opened(tmp_path / "one").fingerprint != opened(tmp_path / "two").fingerprint
+
+
 def test_reading_maps_the_file_and_copies_nothing(trio: Trio) -> None:
     checkpoint = opened(trio.target)
     name = checkpoint.names[0]

@@ -62,6 +62,10 @@ def assert_refused(arguments: list[str], message: str, output: Path, capsys: pyt
         (["--batch_size", "0"], "--batch_size must be at least 1"),
         (["--device", "cuda:99"], "--device cuda:99: cannot be used here"),
         (["--device", "abacus"], "--device abacus: cannot be used here"),
+        (["--device", "meta"], "--device meta: cannot be used here"),
+        (["--question_seed", str(10**30)], "--question_seed must be less than 2^63"),
+        (["--task_dir", "~nobody.here/x"], "--task_dir ~nobody.here/x"),
+        (["--config", __file__.replace("test_cli.py", "../demo/models/base/model.safetensors")], "utf-8"),
         (["--no_such_flag", "1"], "--no_such_flag"),
         (["--config", "no.yaml"], "no.yaml"),
     ],
@@ -154,7 +158,9 @@ def test_a_bad_output_folder_is_refused(trio: Trio, tmp_path: Path, capsys: pyte
     file.write_text("mine")
     for output in (file, file / "below"):
         assert_refused(flags(trio, output), f"{file} is a file", output, capsys)
-    assert_refused(flags(trio, tmp_path / "what?"), "cannot have a '?'", tmp_path / "what?", capsys)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert_refused(flags(trio, tmp_path / "link" / "x"), "is a link to nowhere", tmp_path / "nowhere", capsys)
+    assert_refused(flags(trio, Path("~nobody.here/x")), "~nobody.here/x", tmp_path / "out", capsys)
     assert_refused(flags(trio, tmp_path / ("x" * 300)), "File name too long", tmp_path / "out", capsys)
     foreign = tmp_path / "foreign"
     (foreign / "best").mkdir(parents=True)
@@ -176,6 +182,7 @@ def test_a_folder_without_permission_is_refused(trio: Trio, tmp_path: Path, caps
         (["jglue"], "target_model"),
         (["apply"], "recipe"),
         (["apply", "none.yaml", "--output_dir", "out"], "none.yaml: no such recipe"),
+        (["apply", "none.yaml", "--output_dir", ""], "--output_dir is empty"),
     ],
 )
 def test_an_incomplete_command_is_refused(

@@ -134,6 +134,22 @@ def test_the_written_configuration_runs_the_same(trio: Trio, finished: Path, tmp
     assert best(tmp_path / "again") == best(finished)
 
 
+def test_a_damaged_result_is_written_anew(trio: Trio, finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "damaged"
+    shutil.copytree(finished, output)
+    (output / "best" / "tokenizer.json").unlink()
+    assert main(flags(trio, output)) == 0
+    assert best(output) == best(finished)
+
+
+def test_a_console_that_knows_no_plus_minus_does_not_end_a_run(trio: Trio, finished: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "tvmerge", *flags(trio, finished)]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False)
+    assert "best is" in result.stdout
+
+
 def test_fewer_trials_than_are_done_run_none(trio: Trio, finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "fewer"
     shutil.copytree(finished, output)

@@ -103,6 +103,36 @@ def test_another_configuration_is_refused_with_what_differs(tmp_path: Path) -> N
     assert len(run(tmp_path, 3)) == 3, "the folder still works with its own configuration"
 
 
+def test_a_new_study_takes_no_scores_of_an_old_one(tmp_path: Path) -> None:
+    run(tmp_path, 4)
+    study = open_study(tmp_path)
+    study.scores.append(score(dict.fromkeys(NAMES, 1.0)), model="tuned", trial=None, split="heldout")
+    study.close()
+    (tmp_path / "study.db").unlink()
+    study = open_study(tmp_path, identity={"mode": "another"})
+    assert study.scores.lines() == []
+    study.close()
+
+
+def test_lost_scores_are_said(tmp_path: Path) -> None:
+    run(tmp_path, 4)
+    with (tmp_path / "scores.jsonl").open("a") as file:
+        file.write("{}\n7\n")
+    open_study(tmp_path).close()
+    (tmp_path / "scores.jsonl").unlink()
+    with pytest.raises(StudyError, match="lacks the scores of trial 0"):
+        open_study(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sp ace#日本", "50%20%", "what?", "{SCHEMA_VERSION}", "a&b=c"])
+def test_a_folder_of_any_name_holds_its_own_study(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    run(tmp_path / name, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {name}
+    assert (tmp_path / name / "study.db").stat().st_size > 0
+    assert len(run(tmp_path / name, 3)) == 3
+
+
 def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
     study = open_study(tmp_path)
     with pytest.raises(StudyError, match="another run is using this folder"):

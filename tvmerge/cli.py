@@ -6,11 +6,11 @@ Exit status: 0 done, 1 the run failed, 2 what was given cannot work, 130 interru
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
@@ -30,9 +30,11 @@ def _run_jglue(config: JglueConfig) -> None:
 
 
 def _run_apply(config: ApplyConfig) -> None:
+    from tvmerge.files import local_path
     from tvmerge.recipe import apply_recipe
 
-    apply_recipe(Path(config.recipe), output=Path(config.output_dir), cache_dir=config.cache_dir)
+    output = local_path(config.output_dir, flag="--output_dir")
+    apply_recipe(local_path(config.recipe, flag="recipe"), output=output, cache_dir=config.cache_dir)
     print(f"{config.output_dir}: the model of {config.recipe}")
 
 
@@ -78,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     command = "tvmerge"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console of another encoding must not end a run
     try:
         arguments = _parser().parse_args(_configuration_first(sys.argv[1:] if argv is None else argv))
         command = f"tvmerge {arguments.command}"
@@ -85,10 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         values.pop("config", None)
         config_class, run = COMMANDS[arguments.command]
         run(config_class(**values))
-    except argparse.ArgumentError as error:
+    except (argparse.ArgumentError, UnicodeDecodeError) as error:
         return _complain(command, error, status=2, hint=" (see tvmerge --help)")
     except TvmergeError as error:
         return _complain(command, error, status=2 if isinstance(error, InputError) else 1)
+    except BrokenPipeError:  # whoever read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:  # a full disk, a folder that has gone
         return _complain(command, error, status=1)
     except KeyboardInterrupt:

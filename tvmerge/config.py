@@ -75,6 +75,8 @@ class JglueConfig:
         for name, least in (("n_trials", 2), ("optuna_seed", 0), ("question_seed", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"--{name} must be at least {least}, got {getattr(self, name)}")
+            if getattr(self, name) >= 1 << 63:
+                raise ConfigError(f"--{name} must be less than 2^63, got {getattr(self, name)}")
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"--holdout must be a share from 0 to less than 1, got {self.holdout}")
         tasks = self.tasks

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tvmerge.errors import ConfigError
 
-__all__ = ["check_writable", "remove_staged", "staged_directory", "write_text"]
+__all__ = ["check_writable", "local_path", "remove_staged", "staged_directory", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -64,6 +64,20 @@ def remove_staged(directory: Path, name: str) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def local_path(text: str, *, flag: str) -> Path:
+    """A path as the user wrote it, with `~` expanded.
+
+    Raises:
+        ConfigError: it is empty, or `~` is of a user who is not here.
+    """
+    if not text.strip():
+        raise ConfigError(f"{flag} is empty, name a folder")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{flag} {text}: {error}") from error
+
+
 def check_writable(directory: Path) -> None:
     """Refuse an output folder that is a file or that cannot be written, without making it.
 
@@ -72,10 +86,12 @@ def check_writable(directory: Path) -> None:
     """
     existing = directory
     try:
-        while not existing.exists() and existing != existing.parent:
+        while not existing.exists() and not existing.is_symlink() and existing != existing.parent:
             existing = existing.parent
     except OSError as error:
         raise ConfigError(f"--output_dir {directory}: {error.strerror}, name another folder") from error
+    if existing.is_symlink() and not existing.exists():
+        raise ConfigError(f"--output_dir {directory}: {existing} is a link to nowhere, mend it or name another folder")
     if not existing.is_dir():
         raise ConfigError(f"--output_dir {directory}: {existing} is a file, name a folder")
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -14,7 +14,7 @@ import yaml
 from tvmerge import __version__
 from tvmerge.checkpoint import Checkpoint, copy_model_files, resolve, write_weights
 from tvmerge.errors import ConfigError, RecipeError
-from tvmerge.files import check_writable, staged_directory, write_text
+from tvmerge.files import check_writable, local_path, staged_directory, write_text
 from tvmerge.granularity import GRANULARITIES
 from tvmerge.merge import Merge
 from tvmerge.methods import METHODS
@@ -132,8 +132,11 @@ class Recipe:
         for role in ("target", "base", "tuned"):
             source = getattr(self, role)
             name, revision = source["model"], source.get("revision")
-            if not revision and not Path(name).expanduser().is_dir():
-                raise RecipeError(f"the {role} model was the local folder {name}, which is not here")
+            if not revision and not local_path(name, flag=f"the recipe's {role} model").is_dir():
+                raise RecipeError(
+                    f"the {role} model was the local folder {name}, which is not here: run from the folder that "
+                    "it is relative to, or mend the recipe"
+                )
             found[role] = Checkpoint(resolve(name + (f"@{revision}" if revision else ""), cache_dir=cache_dir))
             if source.get("fingerprint") not in (None, found[role].fingerprint):
                 raise RecipeError(
@@ -193,7 +196,7 @@ def apply_recipe(path: Path, *, output: Path, cache_dir: str | None = None) -> N
     Raises:
         InputError: the recipe, its sources or the output folder cannot work; nothing was written.
     """
-    output = output.expanduser().resolve()
+    output = output.resolve()
     check_writable(output.parent)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output_dir {output}: exists and is not empty, name a new folder")

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from tvmerge.checkpoint import Checkpoint, ModelId, check_mergeable, check_same_vocabulary, resolve
+from tvmerge.checkpoint import Checkpoint, ModelId, check_mergeable, check_same_vocabulary, model_files, resolve
 from tvmerge.config import JglueConfig
 from tvmerge.errors import CheckpointError, ConfigError, RecipeError
 from tvmerge.evaluators import QuestionScore, mean_score, task_scores
 from tvmerge.evaluators.lm_eval import HarnessModel, LmEvalEvaluator, load_tasks, split_questions
-from tvmerge.files import check_writable, remove_staged, staged_directory, write_text
+from tvmerge.files import check_writable, local_path, remove_staged, staged_directory, write_text
 from tvmerge.merge import Merge
 from tvmerge.models.transformers import TransformersModel, load_tokenizer, unread_tensors
 from tvmerge.progress import RunProgress
@@ -36,7 +36,7 @@ def jglue(config: JglueConfig) -> None:
         InputError: something that the user gave cannot work; nothing was written.
         RunError: a baseline failed, or three trials in a row.
     """
-    output = Path(config.output_dir).expanduser()
+    output = local_path(config.output_dir, flag="--output_dir")
     check_output(output)
     device = choose_device(config.device)
     questions = ask_tasks(config)
@@ -61,8 +61,6 @@ def jglue(config: JglueConfig) -> None:
 def check_output(output: Path) -> None:
     """Refuse an output folder that cannot be written, or whose `best` is not ours to replace."""
     check_writable(output)
-    if "?" in str(output.absolute()):
-        raise ConfigError(f"--output_dir {output}: sqlite cannot have a '?' in a path, name another folder")
     if (output / "best").exists() and not (output / "study.db").exists():
         raise ConfigError(f"--output_dir {output}: holds a 'best' that no study made, name another folder")
 
@@ -92,9 +90,9 @@ def choose_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].partition(". ")[0]
         raise ConfigError(f"--device {name}: cannot be used here: {reason}") from error
     return name
 
@@ -110,7 +108,7 @@ class Questions:
 
 def ask_tasks(config: JglueConfig) -> Questions:
     """Load the tasks, choose their questions and build all requests, which no model is needed for."""
-    task_dir = None if config.task_dir is None else Path(config.task_dir).expanduser()
+    task_dir = None if config.task_dir is None else local_path(config.task_dir, flag="--task_dir")
     # Tasks hold their requests, so each split has tasks of its own.
     tasks = [load_tasks(config.tasks, task_dir=task_dir) for _ in ("search", "heldout")]
     splits, notes = {}, []
@@ -250,7 +248,8 @@ class JglueRun:
             words = f"{nothing}\n\n{words}"
         recipe = self._recipe(best, candidates[-1].scores)
         output = self.output / "best"
-        if not _is_written(recipe, output):
+        needed = ["README.md", *(path.name for path in model_files(self.sources.target.model.path))]
+        if not _is_written(recipe, output, needed):
             with staged_directory(output, replace=True) as staging:
                 write_model(recipe, self.sources, staging)
                 card = model_card(recipe, table=table, verdict_text=words, weights=best.weights)
@@ -275,10 +274,10 @@ class JglueRun:
         )
 
 
-def _is_written(recipe: Recipe, folder: Path) -> bool:
+def _is_written(recipe: Recipe, folder: Path, needed: Sequence[str]) -> bool:
     """Whether a folder, which appears whole or not at all, holds the model of this recipe."""
     try:
         Checkpoint(ModelId(name=str(folder), revision=None, path=folder))
-        return Recipe.load(folder / RECIPE_FILE) == recipe
+        return Recipe.load(folder / RECIPE_FILE) == recipe and all((folder / name).is_file() for name in needed)
     except (CheckpointError, RecipeError):
         return False

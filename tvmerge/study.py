@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 import torch
@@ -34,6 +35,7 @@ from tvmerge.search import BASELINES
 __all__ = ["MergeStudy", "ScoreLog", "TrialResult"]
 
 STUDY_NAME = "tvmerge"
+LOG_KEYS = {"model", "trial", "split", "task", "question", "score"}
 #: A run stops after so many failed trials in a row: the cause will not go away by itself.
 MAX_FAILURES_IN_A_ROW = 3
 
@@ -64,9 +66,11 @@ class ScoreLog:
         entries = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
             try:
-                entries.append(json.loads(line))
+                entry = json.loads(line)
             except ValueError:  # what a power cut leaves
                 continue
+            if isinstance(entry, dict) and entry.keys() >= LOG_KEYS:
+                entries.append(entry)
         return entries
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
@@ -138,7 +142,7 @@ class MergeStudy:
         self.scores = ScoreLog(output_dir / "scores.jsonl")
         self._storage: RDBStorage | None = None
         try:
-            self._storage = RDBStorage(f"sqlite:///{output_dir / 'study.db'}")
+            self._storage = RDBStorage(f"sqlite:///{quote(str(output_dir / 'study.db'))}")
             self._study = optuna.create_study(
                 study_name=STUDY_NAME,
                 storage=self._storage,
@@ -146,9 +150,8 @@ class MergeStudy:
                 direction="maximize",
                 load_if_exists=True,
             )
-            self._check_identity(output_dir, json.loads(json.dumps(identity)))
-            finished = {trial.number for trial in self._trials(TrialState.COMPLETE)}
-            self.scores.keep(lambda line: line["split"] == "heldout" or line["trial"] in finished)
+            is_new = self._check_identity(output_dir, json.loads(json.dumps(identity)))
+            self._check_scores(is_new=is_new)
         except (SQLAlchemyError, OptunaError) as error:
             self.close()
             reason = " ".join(str(error).split())[:200]
@@ -157,15 +160,25 @@ class MergeStudy:
             self.close()
             raise
 
-    def _check_identity(self, output_dir: Path, identity: dict[str, Any]) -> None:
+    def _check_scores(self, *, is_new: bool) -> None:
+        """Drop the lines of no finished trial of this study; refuse if those of one are gone."""
+        finished = {trial.number for trial in self._trials(TrialState.COMPLETE)}
+        self.scores.keep(lambda line: not is_new and (line["model"] == "tuned" or line["trial"] in finished))
+        lost = finished - {line["trial"] for line in self.scores.lines() if line["split"] == "search"}
+        if lost:
+            raise StudyError(f"{self.scores.path}: lacks the scores of trial {min(lost)}: restore it, or begin anew")
+
+    def _check_identity(self, output_dir: Path, identity: dict[str, Any]) -> bool:
+        """Refuse a study of another identity; true if the study is new."""
         known = self._study.user_attrs.get("identity")
         if known is None:
             self._study.set_user_attr("identity", identity)
-            return
+            return True
         different = sorted(key for key in known.keys() | identity.keys() if known.get(key) != identity.get(key))
         if different:
             was = ", ".join(f"{key} was {known.get(key)!r} and is {identity.get(key)!r}" for key in different)
             raise StudyError(f"{output_dir} holds a study of another configuration: {was}: name another --output_dir")
+        return False
 
     def close(self) -> None:
         """Let another process have the folder."""
