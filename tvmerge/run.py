@@ -12,7 +12,7 @@ import yaml
 from tvmerge.checkpoint import Checkpoint, ModelId, check_mergeable, check_same_vocabulary, model_files, resolve
 from tvmerge.config import JglueConfig
 from tvmerge.errors import CheckpointError, ConfigError, RecipeError
-from tvmerge.evaluators import QuestionScore, mean_score, task_scores
+from tvmerge.evaluators import Evaluator, QuestionScore, mean_score, task_scores
 from tvmerge.evaluators.lm_eval import HarnessModel, LmEvalEvaluator, load_tasks, split_questions
 from tvmerge.files import check_writable, local_path, remove_staged, staged_directory, write_text
 from tvmerge.merge import Merge
@@ -185,7 +185,7 @@ class JglueRun:
         self._save(candidates)
 
     def _score(
-        self, state_dict: StateDict, evaluator: LmEvalEvaluator, harness: HarnessModel, progress: RunProgress, what: str
+        self, state_dict: StateDict, evaluator: Evaluator, harness: HarnessModel, progress: RunProgress, what: str
     ) -> Sequence[QuestionScore]:
         advance, close = progress.count_questions(evaluator.n_questions, what)
         try:
