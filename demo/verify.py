@@ -16,13 +16,12 @@ from pathlib import Path
 
 import yaml
 
-from tvmerge.checkpoint import Checkpoint, resolve
 from tvmerge.cli import main as tvmerge
 from tvmerge.evaluators import QuestionScore, mean_score, task_scores
 from tvmerge.evaluators.lm_eval import HarnessModel, LmEvalEvaluator, load_tasks, split_questions
 from tvmerge.models.transformers import TransformersModel
-from tvmerge.recipe import Sources
 from tvmerge.search import paired_gain
+from tvmerge.sources import MergeSettings, open_sources
 from tvmerge.state_dict import StateDict
 
 DEMO = Path(__file__).parent
@@ -39,18 +38,15 @@ class HeldOut:
     """
 
     def __init__(self, models: Path, *, batch_size: int) -> None:
-        self.sources = Sources(
-            **{role: Checkpoint(resolve(str(models / role))) for role in ("target", "base", "tuned")}
-        )
-        self.merge = self.sources.merge(granularity="layer", method="task_arithmetic", omit=[])
+        target, base, tuned = (str(models / role) for role in ("target", "base", "tuned"))
+        self.sources = open_sources(target=target, tuned=[tuned], base=base, vocabulary="same", cache_dir=None)
+        self.merge = self.sources.merge(MergeSettings(), keep=True)
         tasks = load_tasks(TASKS, task_dir=DEMO / "tasks")
         questions = {
             name: split_questions(name=name, n_questions=len(task.eval_docs), holdout=0.3, limit=None, seed=0).heldout
             for name, task in tasks.items()
         }
-        self._model = TransformersModel.from_folder(
-            models / "target", checkpoint_names=self.sources.target.names, device="cpu"
-        )
+        self._model = TransformersModel.from_folder(models / "target", checkpoint=self.sources.target, device="cpu")
         self._harness = HarnessModel(self._model, batch_size=batch_size)
         self._evaluator = LmEvalEvaluator(tasks=tasks, questions=questions)
 

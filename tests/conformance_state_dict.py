@@ -19,6 +19,8 @@ def check_state_dict(state_dict: StateDict) -> None:
         assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype)
         assert spec.nbytes == tensor.nbytes
         assert torch.equal(state_dict.read(name), tensor)
+        assert state_dict.version(name) == state_dict.version(name)
+        hash(state_dict.version(name))
         out = torch.empty(spec.shape, dtype=spec.dtype)
         assert state_dict.read(name, out=out) is out
         assert torch.equal(out, tensor)

@@ -12,15 +12,11 @@ import torch
 from conftest import Trio, save_tokenizer
 from safetensors.torch import load_file, save_file
 
-from tvmerge.checkpoint import (
-    Checkpoint,
-    check_mergeable,
-    check_same_vocabulary,
-    copy_model_files,
-    resolve,
-    write_weights,
-)
+from tvmerge.checkpoint import Checkpoint, check_mergeable
 from tvmerge.errors import CheckpointError, IncompatibleError
+from tvmerge.hub import resolve
+from tvmerge.vocabulary import check_same_vocabulary
+from tvmerge.writer import copy_model_files, write_weights
 
 
 def opened(folder: Path) -> Checkpoint:

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from tvmerge.checkpoint import Checkpoint, resolve
+from tvmerge.checkpoint import Checkpoint
 from tvmerge.errors import TaskError
 from tvmerge.evaluators import QuestionScore, mean_score, task_scores
 from tvmerge.evaluators.lm_eval import HarnessModel, LmEvalEvaluator, load_tasks, split_questions
+from tvmerge.hub import resolve
 from tvmerge.models.transformers import TransformersModel
 
 NAMES = ["tiny_choice", "tiny_extract"]

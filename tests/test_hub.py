@@ -22,7 +22,9 @@ from conftest import ROOT, save_mistral
 from safetensors.torch import load
 from torch import Tensor
 
-from tvmerge.checkpoint import Checkpoint, ModelId, resolve, write_weights
+from tvmerge.checkpoint import Checkpoint
+from tvmerge.hub import ModelId, resolve
+from tvmerge.writer import write_weights
 
 MAIN, TUNED, NOWHERE = (hashlib.sha1(name).hexdigest() for name in (b"main", b"tuned", b"nowhere"))
 REVISIONS = {"main": MAIN, "v1": TUNED, "refs/pr/1": TUNED, MAIN: MAIN, TUNED: TUNED}
@@ -33,7 +35,7 @@ Answer = tuple[int, Mapping[str, str], bytes]  # status, headers, body
 
 LOOK_UP = """
 import json, sys, time
-from tvmerge.checkpoint import resolve
+from tvmerge.hub import resolve
 from tvmerge.errors import CheckpointError
 
 for name in sys.argv[1:]:

@@ -10,8 +10,9 @@ from architectures import ARCHITECTURES, build
 from conftest import save_tokenizer
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from tvmerge.checkpoint import Checkpoint, ModelId
+from tvmerge.checkpoint import Checkpoint
 from tvmerge.errors import CheckpointError, IncompatibleError
+from tvmerge.hub import ModelId
 from tvmerge.models.transformers import TransformersModel, unread_tensors
 from tvmerge.recipe import Recipe, Sources, write_model
 

@@ -44,7 +44,12 @@ def test_verdict_says_what_was_found_and_on_which_questions() -> None:
 def test_card_names_hub_models_and_no_folder_in_its_header() -> None:
     hub: dict[str, str | None] = {"model": "owner/ja", "revision": "0" * 40}
     local: dict[str, str | None] = {"model": "/home/me/tuned", "revision": None}
-    recipe = Recipe(target=hub, base=hub, tuned=local, granularity="layer", weights={"layers.0": 0.5})
+    recipe = Recipe(
+        target=hub,
+        task_vectors=[{"label": "tuned", "tuned": local, "base": hub}],
+        granularity="layer",
+        weights={"layers.0": 0.5},
+    )
     card = model_card(recipe, table="TABLE", verdict_text="VERDICT", weights=recipe.weights)
     header = yaml.safe_load(card.split("---")[1])
     assert header == {

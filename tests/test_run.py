@@ -23,10 +23,11 @@ from conftest import ROOT, TASKS, Trio
 from optuna.storages import RDBStorage
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tvmerge.checkpoint import Checkpoint, resolve
+from tvmerge.checkpoint import Checkpoint
 from tvmerge.cli import main
 from tvmerge.evaluators import QuestionScore, mean_score
 from tvmerge.evaluators.lm_eval import HarnessModel, LmEvalEvaluator, load_tasks
+from tvmerge.hub import resolve
 from tvmerge.models.transformers import TransformersModel
 
 N_TRIALS = 12

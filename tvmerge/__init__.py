@@ -6,15 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tvmerge.checkpoint import Checkpoint
+    from tvmerge.granularity import Grouping
     from tvmerge.merge import Merge
     from tvmerge.recipe import Recipe
-    from tvmerge.task_vector import TaskVector
+    from tvmerge.task_vector import Difference, TaskVector
 
-__all__ = ["Checkpoint", "Merge", "Recipe", "TaskVector", "__version__"]
+__all__ = ["Checkpoint", "Difference", "Grouping", "Merge", "Recipe", "TaskVector", "__version__"]
 
 __version__ = "0.1.0"
 
-_HOMES = {"Checkpoint": "checkpoint", "Merge": "merge", "Recipe": "recipe", "TaskVector": "task_vector"}
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "Difference": "task_vector",
+    "Grouping": "granularity",
+    "Merge": "merge",
+    "Recipe": "recipe",
+    "TaskVector": "task_vector",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 from jsonargparse import ArgumentParser
 
 from tvmerge import __version__
-from tvmerge.config import ApplyConfig, JglueConfig
+from tvmerge.config import LIST_SETTINGS, ApplyConfig, JglueConfig, PlanConfig
 from tvmerge.errors import InputError, TvmergeError
 
 __all__ = ["main"]
@@ -27,6 +29,12 @@ def _run_jglue(config: JglueConfig) -> None:
     from tvmerge.run import jglue
 
     jglue(config)
+
+
+def _run_plan(config: PlanConfig) -> None:
+    from tvmerge.plan import plan
+
+    plan(config)
 
 
 def _run_apply(config: ApplyConfig) -> None:
@@ -41,6 +49,7 @@ def _run_apply(config: ApplyConfig) -> None:
 #: Command → its configuration and what runs it. Heavy modules are imported when a command runs, not before.
 COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "jglue": (JglueConfig, _run_jglue),
+    "plan": (PlanConfig, _run_plan),
     "apply": (ApplyConfig, _run_apply),
 }
 
@@ -84,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console of another encoding must not end a run
     try:
-        arguments = _parser().parse_args(_configuration_first(sys.argv[1:] if argv is None else argv))
+        arguments = _parser().parse_args(_in_order(sys.argv[1:] if argv is None else argv))
         command = f"tvmerge {arguments.command}"
         values = arguments[arguments.command].as_dict()
         values.pop("config", None)
@@ -105,18 +114,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _configuration_first(arguments: Sequence[str]) -> list[str]:
-    """Move `--config FILE` to right behind the command: whatever their order, flags win over the file."""
-    rest, files = [], []
-    waiting = iter(arguments)
-    for argument in waiting:
-        if argument == "--config":
-            files += [argument, *([following] if (following := next(waiting, None)) is not None else [])]
-        elif argument.startswith("--config="):
-            files.append(argument)
+def _in_order(arguments: Sequence[str]) -> list[str]:
+    """Rearrange a command line so that jsonargparse reads it as people mean it.
+
+    `--config FILE` goes right behind the command, so that flags win over the file whatever their order. The values of
+    a setting that takes several, `--tuned_model a b` or the flag repeated, become one list.
+    """
+    rest: list[str] = []
+    files: list[str] = []
+    lists: dict[str, list[str]] = {}
+    waiting = deque(arguments)
+    while waiting:
+        argument = waiting.popleft()
+        flag, separator, value = argument.partition("=")
+        if flag == "--config":
+            files += [argument] if separator else [argument, *([waiting.popleft()] if waiting else [])]
+        elif flag.removeprefix("--") in LIST_SETTINGS and flag.startswith("--"):
+            values = lists.setdefault(flag, [])
+            values += [value] if separator else []
+            while not separator and waiting and not waiting[0].startswith("--"):
+                values.append(waiting.popleft())
         else:
             rest.append(argument)
-    return [*rest[:1], *files, *rest[1:]]
+    joined = [f"{flag}={json.dumps(values, ensure_ascii=False)}" for flag, values in lists.items()]
+    return [*rest[:1], *files, *joined, *rest[1:]]
 
 
 def _complain(command: str, error: Exception, *, status: int, hint: str = "") -> int:

@@ -3,28 +3,131 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tvmerge.errors import ConfigError
+from tvmerge.granularity import Grouping
+from tvmerge.hub import split_name
 
-__all__ = ["ApplyConfig", "JglueConfig"]
+if TYPE_CHECKING:
+    from tvmerge.sources import MergeSettings
+
+__all__ = ["LIST_SETTINGS", "ApplyConfig", "JglueConfig", "MergeConfig", "PlanConfig"]
 
 #: Settings that change where or how long a run runs, and no score: a study may be resumed with others.
-NOT_IDENTITY = frozenset({"n_trials", "cache_dir", "output_dir", "task_dir"})
+NOT_IDENTITY = frozenset({"n_trials", "cache_dir", "output_dir", "task_dir", "delta_storage"})
+#: Settings that take several values on the command line: `--tuned_model a b`.
+LIST_SETTINGS = frozenset({"tuned_model", "weight_groups", "freeze"})
 
 
 @dataclass(kw_only=True)
-class JglueConfig:
-    """Search the weights of target + w·(tuned − base) that score best on JGLUE tasks, and save the best model.
+class MergeConfig:
+    """What is merged, and how.
 
     Args:
-        target_model: model that the task vector is added to; a folder, a Hub id, or id@revision
-        base_model: model that tuned_model was tuned from
-        tuned_model: model whose task vector, tuned − base, is added
+        target_model: model that the task vectors are added to; a folder, a Hub id, or id@revision
+        tuned_model: models or LoRA adapters whose task vectors, tuned − base, are added; name or name:base, several
+            separated by spaces
+        base_model: model that tuned_model was tuned from; not needed where each tuned model names its own
+        optimize_mode: one weight in all (uniform), per layer, per k layers (block:k), per parameter kind (parameter) or
+            per tensor (all)
+        weight_groups: name=expression, several separated by spaces; tensors whose names hold the regular expression get
+            weights of their own, as in attention=self_attn mlp=mlp
+        freeze: regular expressions, several separated by spaces; tensors whose names hold one keep the target's values
+        vocabulary: what to do if vocabularies differ; same refuses, intersect merges the rows of shared tokens
+        dtype: of the merged model; auto is that of the target
+        delta_storage: where differences are kept; mmap computes them from the files, memory keeps one copy of them
+        cache_dir: where models of the Hub are kept; default is the Hub's own cache
+    """
+
+    target_model: str
+    tuned_model: list[str] | str
+    base_model: str | None = None
+    optimize_mode: str = "layer"
+    weight_groups: list[str] | str | None = None
+    freeze: list[str] | str | None = None
+    vocabulary: Literal["same", "intersect"] = "same"
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    delta_storage: Literal["mmap", "memory"] = "mmap"
+    cache_dir: str | None = None
+
+    def check_merge(self) -> None:
+        """Check every setting of the merge that can be checked without opening anything.
+
+        Raises:
+            ConfigError: the first value that cannot work.
+        """
+        for name in ("target_model", "base_model"):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise ConfigError(f"--{name} is empty, name a folder or a Hub id")
+        if not self.tuned_models or not all(name.strip() for name in self.tuned_models):
+            raise ConfigError("--tuned_model is empty, name a folder or a Hub id")
+        if len(set(self.tuned_models)) != len(self.tuned_models):
+            raise ConfigError(f"--tuned_model names a model twice: {' '.join(self.tuned_models)}")
+        for name in self.tuned_models:
+            split_name(name)
+        _ = self.grouping
+
+    @property
+    def tuned_models(self) -> list[str]:
+        """Names of the tuned models, each with its base if it has its own."""
+        return [self.tuned_model] if isinstance(self.tuned_model, str) else list(self.tuned_model)
+
+    @property
+    def grouping(self) -> Grouping:
+        """Which tensors share one weight.
+
+        Raises:
+            ConfigError: an unknown mode, or what is no regular expression.
+        """
+        groups = {}
+        for entry in _listed(self.weight_groups):
+            name, separator, pattern = entry.partition("=")
+            if not separator or not pattern:
+                raise ConfigError(f"--weight_groups {entry}: must be name=expression, as in attention=self_attn")
+            if name in groups:
+                raise ConfigError(f"--weight_groups names {name!r} twice: join its expressions as one|other")
+            groups[name] = pattern
+        return Grouping(self.optimize_mode, groups, tuple(_listed(self.freeze)))
+
+    @property
+    def merge_settings(self) -> MergeSettings:
+        """How the models are put together, before it is known which tensors a model does not read."""
+        from tvmerge.sources import MergeSettings  # not before a command runs: it waits for torch
+
+        dtype = None if self.dtype == "auto" else self.dtype
+        return MergeSettings(grouping=self.grouping, dtype=dtype, vocabulary=self.vocabulary)
+
+
+def _listed(value: Sequence[str] | str | None) -> list[str]:
+    return [] if value is None else [value] if isinstance(value, str) else list(value)
+
+
+@dataclass(kw_only=True)
+class PlanConfig(MergeConfig):
+    """Say what a merge would need, and whether it can work, from headers alone: no weights are downloaded or read.
+
+    Args:
+        output_dir: folder of the run to be
+    """
+
+    output_dir: str = "output"
+
+    def __post_init__(self) -> None:
+        """Check every value that can be checked without opening anything."""
+        self.check_merge()
+
+
+@dataclass(kw_only=True)
+class JglueConfig(MergeConfig):
+    """Search the weights of target + Σ w·(tuned − base) that score best on JGLUE tasks, and save the best model.
+
+    Args:
         weight_min: least weight searched
         weight_max: greatest weight searched
-        optimize_mode: one weight per tensor (all), per layer or per parameter kind
         optuna_sampler: how the search chooses the next weights
         n_trials: trials in all, those of an earlier run with the same output_dir counted in
         optuna_seed: seed of the sampler
@@ -35,16 +138,11 @@ class JglueConfig:
         question_seed: seed of the choice of questions
         batch_size: requests that the model answers at a time
         device: where the model runs: auto, cpu, cuda, cuda:1, ...
-        cache_dir: where models of the Hub are kept; default is the Hub's own cache
         output_dir: folder of this run; the best model is saved in output_dir/best
     """
 
-    target_model: str
-    base_model: str
-    tuned_model: str
     weight_min: float = 0.0
     weight_max: float = 2.0
-    optimize_mode: Literal["all", "layer", "parameter"] = "layer"
     optuna_sampler: Literal["TPE", "CMA-ES"] = "TPE"
     n_trials: int = 100
     optuna_seed: int = 42
@@ -55,7 +153,6 @@ class JglueConfig:
     question_seed: int = 0
     batch_size: int = 16
     device: str = "auto"
-    cache_dir: str | None = None
     output_dir: str = "output"
 
     def __post_init__(self) -> None:
@@ -64,7 +161,9 @@ class JglueConfig:
         Raises:
             ConfigError: the first value that cannot work.
         """
-        self._require_known()
+        self.check_merge()
+        if not self.output_dir.strip():
+            raise ConfigError("--output_dir is empty, name a folder")
         for name in ("weight_min", "weight_max"):
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"--{name} must be a finite number, got {getattr(self, name)}")
@@ -83,11 +182,6 @@ class JglueConfig:
         if not tasks or not all(tasks) or len(set(tasks)) != len(tasks):
             raise ConfigError(f"--jglue_tasks must name different tasks, separated by commas, got {self.jglue_tasks!r}")
         _ = self.limits
-
-    def _require_known(self) -> None:
-        for name in ("target_model", "base_model", "tuned_model", "output_dir"):
-            if not getattr(self, name).strip():
-                raise ConfigError(f"--{name} is empty, name a folder{'' if name == 'output_dir' else ' or a Hub id'}")
 
     @property
     def tasks(self) -> list[str]:
@@ -122,7 +216,8 @@ class JglueConfig:
     def identity(self) -> dict[str, Any]:
         """Every setting that a score depends on, in one spelling."""
         same = {key: value for key, value in asdict(self).items() if key not in NOT_IDENTITY}
-        return {**same, "jglue_tasks": self.tasks, "jglue_limit": list(self.limits.values())}
+        lists = {"weight_groups": _listed(self.weight_groups), "freeze": _listed(self.freeze)}
+        return {**same, **lists, "jglue_tasks": self.tasks, "jglue_limit": list(self.limits.values())}
 
 
 @dataclass(kw_only=True)

@@ -1,12 +1,14 @@
-"""A merge: target + task vectors + method + granularity, which at given weights is a lazy state dict."""
+"""A merge: target + task vectors + method + grouping, which at given weights is a lazy state dict."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from tvmerge.granularity import group_tensors
+from tvmerge.granularity import Grouping, group_tensors
 from tvmerge.methods import METHODS
 from tvmerge.state_dict import MERGEABLE_DTYPES, StateDict, TensorSpec, deliver
 from tvmerge.task_vector import TaskVector
@@ -19,35 +21,49 @@ class Merge:
 
     Args:
         target: the model that the task vectors are added to.
-        task_vectors: over the same names and shapes.
-        granularity: a key of GRANULARITIES.
+        task_vectors: label → task vector, over names and shapes of the target.
+        grouping: which tensors share one weight.
         method: a key of METHODS.
+        dtype: of the merged tensors; None for that of each of the target's.
 
     Attributes:
-        group_of: mergeable tensor name → name of its weight, in a stable order.
-        weight_names: the names of all weights, in a stable order.
+        weights_of: tensor name → label and weight name of each task vector that changes it, in a stable order.
+        weight_names: the names of all weights, in a stable order: `layers.3`, or `label/layers.3` where there are
+            several task vectors.
     """
 
     def __init__(
         self,
         *,
         target: StateDict,
-        task_vectors: Sequence[TaskVector],
-        granularity: str,
+        task_vectors: Mapping[str, TaskVector],
+        grouping: Grouping,
         method: str = "task_arithmetic",
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.target = target
-        self.task_vectors = list(task_vectors)
+        self.task_vectors = dict(task_vectors)
         self.method = method
-        mergeable = [name for name in target.names if target.spec(name).dtype in MERGEABLE_DTYPES]
-        self.group_of: Mapping[str, str] = group_tensors(mergeable, granularity)
-        self.weight_names: Sequence[str] = list(dict.fromkeys(self.group_of.values()))
+        self.dtype = dtype
+        self._mergeable = {name for name in target.names if target.spec(name).dtype in MERGEABLE_DTYPES}
+        groups = group_tensors(self._mergeable, grouping)
+        weights_of: dict[str, list[tuple[str, str]]] = {}
+        names: dict[str, None] = {}
+        for label, vector in self.task_vectors.items():
+            changed = set(vector.names)
+            for tensor, group in groups.items():
+                if tensor in changed:
+                    name = f"{label}/{group}" if len(self.task_vectors) > 1 else group
+                    weights_of.setdefault(tensor, []).append((label, name))
+                    names[name] = None
+        self.weights_of: Mapping[str, Sequence[tuple[str, str]]] = weights_of
+        self.weight_names: Sequence[str] = list(names)
 
     def at(self, weights: Mapping[str, float]) -> MergedStateDict:
         """The merge at the given weights.
 
         Args:
-            weights: a weight for each of `weight_names`, and no other.
+            weights: a weight for each of `weight_names`, and no other. It is rounded to a float32 number.
 
         Raises:
             ValueError: a weight is missing or unknown.
@@ -57,13 +73,18 @@ class Merge:
             raise ValueError(f"weights are needed for the names of the merge and no others; different: {different}")
         return MergedStateDict(self, weights)
 
+    def spec(self, name: str) -> TensorSpec:
+        """Shape and dtype of a merged tensor."""
+        spec = self.target.spec(name)
+        return spec if self.dtype is None or name not in self._mergeable else TensorSpec(spec.shape, self.dtype)
+
 
 class MergedStateDict:
-    """A merge at given weights, as a lazy state dict of the target's names, shapes and dtypes."""
+    """A merge at given weights, as a lazy state dict of the target's names and shapes."""
 
     def __init__(self, merge: Merge, weights: Mapping[str, float]) -> None:
         self._merge = merge
-        self._weights = dict(weights)
+        self._weights = {name: float(np.float32(weight)) for name, weight in weights.items()}
 
     @property
     def names(self) -> Sequence[str]:
@@ -71,16 +92,21 @@ class MergedStateDict:
         return self._merge.target.names
 
     def spec(self, name: str) -> TensorSpec:
-        """The target's shape and dtype."""
-        return self._merge.target.spec(name)
+        """The target's shape, in the dtype of the merge."""
+        return self._merge.spec(name)
 
     def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
-        """The merged tensor: accumulated in float32, rounded once to the target's dtype."""
-        target = self._merge.target.read(name)
-        group = self._merge.group_of.get(name)
-        if group is None or self._weights[group] == 0.0:
-            return deliver(target, out)
-        deltas = [vector.read(name) for vector in self._merge.task_vectors]
-        weights = [self._weights[group]] * len(deltas)
-        merged = METHODS[self._merge.method](target, deltas, weights)
-        return deliver(merged.to(self.spec(name).dtype), out)
+        """The merged tensor: accumulated in float64, rounded once to the dtype of `spec`, then to that of `out`."""
+        spec, target = self.spec(name), self._merge.target.read(name)
+        terms = [(label, w) for label, weight in self._merge.weights_of.get(name, ()) if (w := self._weights[weight])]
+        if not terms:
+            return deliver(target.to(spec.dtype), out)
+        deltas = [self._merge.task_vectors[label].delta(name) for label, _ in terms]
+        fits = out is not None and out.dtype == spec.dtype
+        merged = out if out is not None and fits else torch.empty(spec.shape, dtype=spec.dtype)
+        METHODS[self._merge.method](target, deltas, [w for _, w in terms], merged)
+        return merged if fits else deliver(merged, out)
+
+    def version(self, name: str) -> Hashable:
+        """The merge, and the weights of this tensor."""
+        return self._merge, tuple(self._weights[weight] for _, weight in self._merge.weights_of.get(name, ()))

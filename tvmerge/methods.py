@@ -1,4 +1,4 @@
-"""Merge methods: pure tensor functions, one per published method."""
+"""Merge methods: functions of tensors, one per published method."""
 
 from __future__ import annotations
 
@@ -6,29 +6,26 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
+from tvmerge.delta import Delta, add_deltas
+
 __all__ = ["METHODS", "task_arithmetic"]
 
-Method = Callable[[Tensor, Sequence[Tensor], Sequence[float]], Tensor]
+Method = Callable[[Tensor, Sequence[Delta], Sequence[float], Tensor], None]
 
 
-def task_arithmetic(target: Tensor, deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def task_arithmetic(target: Tensor, deltas: Sequence[Delta], weights: Sequence[float], out: Tensor) -> None:
     """θ = θ_target + Σ w_i · (θ_tuned,i − θ_base,i).
 
     Args:
         target: a tensor of the target model, any shape, any floating dtype.
-        deltas: the task vectors' tensors of the same name, of the same shape, float32.
-        weights: one weight for each of them.
-
-    Returns:
-        float32, of the same shape; the caller rounds it, once.
+        deltas: the task vectors' tensors of the same name, of the same shape.
+        weights: one weight for each of them, each a float32 number.
+        out: filled with the sum, which is accumulated in float64 and rounded once; any floating dtype.
 
     Source:
         Ilharco et al. 2023, Editing Models with Task Arithmetic, arXiv:2212.04089, section 2.
     """
-    merged = target.float()
-    for delta, weight in zip(deltas, weights, strict=True):
-        merged = merged.add(delta, alpha=weight)
-    return merged
+    add_deltas(target, deltas, weights, out=out)
 
 
 #: Name → method. A method is a function of one tensor of the target, the deltas of the same name, and their weights.

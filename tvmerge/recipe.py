@@ -12,58 +12,37 @@ from typing import Any
 import yaml
 
 from tvmerge import __version__
-from tvmerge.checkpoint import Checkpoint, copy_model_files, resolve, write_weights
-from tvmerge.errors import ConfigError, RecipeError
+from tvmerge.checkpoint import Checkpoint, Header
+from tvmerge.errors import ConfigError, RecipeError, RunError
 from tvmerge.files import check_writable, local_path, staged_directory, write_text
-from tvmerge.granularity import GRANULARITIES
-from tvmerge.merge import Merge
+from tvmerge.granularity import Grouping
+from tvmerge.merge import MergedStateDict
 from tvmerge.methods import METHODS
-from tvmerge.state_dict import StateDict, Without, check_same_tensors
-from tvmerge.task_vector import TaskVector
+from tvmerge.sources import DTYPES, MergeSettings, Sources, TunedModel, check_finite, open_checkpoint
+from tvmerge.vocabulary import VOCABULARIES
+from tvmerge.writer import NotFiniteError, copy_model_files, write_config, write_weights
 
-__all__ = ["RECIPE_FILE", "Recipe", "Sources", "apply_recipe", "library_versions", "source_entry", "write_model"]
+__all__ = ["RECIPE_FILE", "Recipe", "apply_recipe", "library_versions", "source_entries", "write_model"]
 
 RECIPE_FILE = "recipe.yaml"
 
-
-@dataclass(frozen=True)
-class Sources:
-    """The opened models of a merge."""
-
-    target: Checkpoint
-    base: Checkpoint
-    tuned: Checkpoint
-
-    def merge(self, *, granularity: str, method: str, omit: Sequence[str]) -> Merge:
-        """The merge of these models.
-
-        Args:
-            granularity: a key of GRANULARITIES.
-            method: a key of METHODS.
-            omit: tensor names to leave out of all three: duplicates of tied tensors and what the model does not read.
-
-        Raises:
-            IncompatibleError: the tensors of the three differ in name, shape or kind.
-        """
-        target, base, tuned = (Without(model, omit) for model in (self.target, self.base, self.tuned))
-        for name, other in (("base", base), ("tuned", tuned)):
-            whose = f"the {name} model {getattr(self, name).model.name}"
-            target_name = f"the target model {self.target.model.name}"
-            check_same_tensors(target, other, reference_name=target_name, other_name=whose)
-        task_vectors = [TaskVector(tuned=tuned, base=base)]
-        return Merge(target=target, task_vectors=task_vectors, granularity=granularity, method=method)
+#: {model: folder or Hub id, revision: commit or null, fingerprint}
+Source = Mapping[str, str | None]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Everything that determines a merged model, and what was measured on it."""
 
-    target: Mapping[str, str | None]  # {model: folder or Hub id, revision: commit or null, fingerprint}
-    base: Mapping[str, str | None]
-    tuned: Mapping[str, str | None]
+    target: Source
+    task_vectors: Sequence[Mapping[str, Any]]  # {label, tuned: a source, base: a source or null}
     granularity: str
     weights: Mapping[str, float]  # weight name → w
+    weight_groups: Mapping[str, str] = field(default_factory=dict)
+    freeze: Sequence[str] = ()
     method: str = "task_arithmetic"
+    dtype: str | None = None
+    vocabulary: str = "same"
     omit: Sequence[str] = ()  # tensors of the sources that the merged model does not hold
     score: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -84,8 +63,10 @@ class Recipe:
         if not isinstance(content, dict):
             raise RecipeError(f"{path}: not a recipe, which is a mapping of keys to values")
         content.pop("tvmerge", None)
+        if "task_vectors" not in content and {"tuned", "base"} <= content.keys():  # as version 0.1.0 wrote it
+            content["task_vectors"] = [{"label": "tuned", "tuned": content.pop("tuned"), "base": content.pop("base")}]
         known = {f.name for f in fields(cls)}
-        needed = {"target", "base", "tuned", "granularity", "weights"}
+        needed = {"target", "task_vectors", "granularity", "weights"}
         for problem, keys in (("unknown", content.keys() - known), ("missing", needed - content.keys())):
             if keys:
                 raise RecipeError(f"{path}: {problem} keys: {', '.join(sorted(map(str, keys)))}")
@@ -94,20 +75,25 @@ class Recipe:
         return recipe
 
     def _check(self, path: Path) -> None:
-        for role in ("target", "base", "tuned"):
-            source = getattr(self, role)
-            if not isinstance(source, dict) or not isinstance(source.get("model"), str):
-                raise RecipeError(f"{path}: {role} must hold a model: a folder or a Hub id")
-            if not all(isinstance(value, (str, type(None))) for value in source.values()):
-                raise RecipeError(f"{path}: {role} must hold text only: model, revision, fingerprint")
-        for key, value, registry in (
-            ("granularity", self.granularity, GRANULARITIES),
+        self._check_sources(path)
+        if not isinstance(self.granularity, str) or not isinstance(self.weight_groups, dict):
+            raise RecipeError(f"{path}: granularity must be text, and weight_groups map names to regular expressions")
+        for key, value in (("omit", self.omit), ("freeze", self.freeze)):
+            if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
+                raise RecipeError(f"{path}: {key} must be a list of text")
+        if not all(isinstance(text, str) for pair in self.weight_groups.items() for text in pair):
+            raise RecipeError(f"{path}: weight_groups must hold text only")
+        try:
+            self.settings()
+        except ConfigError as error:
+            raise RecipeError(f"{path}: {error}") from error
+        for key, value, known in (
             ("method", self.method, METHODS),
+            ("dtype", self.dtype, (None, *DTYPES)),
+            ("vocabulary", self.vocabulary, VOCABULARIES),
         ):
-            if not isinstance(value, str) or value not in registry:
-                raise RecipeError(f"{path}: unknown {key} {value!r}, known are {', '.join(registry)}")
-        if not isinstance(self.omit, (list, tuple)) or not all(isinstance(name, str) for name in self.omit):
-            raise RecipeError(f"{path}: omit must be a list of tensor names")
+            if not isinstance(value, (str, type(None))) or value not in known:
+                raise RecipeError(f"{path}: unknown {key} {value!r}, known are {', '.join(filter(None, known))}")
         if not isinstance(self.weights, dict):
             raise RecipeError(f"{path}: weights must map weight names to numbers")
         for name, weight in self.weights.items():
@@ -116,42 +102,73 @@ class Recipe:
             if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
                 raise RecipeError(f"{path}: the weight of {name} is {weight!r}, not a finite number")
 
+    def _check_sources(self, path: Path) -> None:
+        if not isinstance(self.task_vectors, list) or not self.task_vectors:
+            raise RecipeError(f"{path}: task_vectors must be a list of label, tuned and base")
+        for entry in self.task_vectors:
+            if not isinstance(entry, dict) or entry.keys() != {"label", "tuned", "base"}:
+                raise RecipeError(f"{path}: each of task_vectors must have a label, tuned and base, and nothing else")
+            if not isinstance(entry["label"], str):
+                raise RecipeError(f"{path}: the label {entry['label']!r} of a task vector is not text")
+        if len({entry["label"] for entry in self.task_vectors}) != len(self.task_vectors):
+            raise RecipeError(f"{path}: two task vectors have the same label")
+        for role, source in self._by_role():
+            if not isinstance(source, dict) or not isinstance(source.get("model"), str):
+                raise RecipeError(f"{path}: {role} must hold a model: a folder or a Hub id")
+            if not all(isinstance(value, (str, type(None))) for value in source.values()):
+                raise RecipeError(f"{path}: {role} must hold text only: model, revision, fingerprint")
+
+    def _by_role(self) -> list[tuple[str, Any]]:
+        """What a source is called, and the source; an adapter may have no base."""
+        roles = [(role, entry[role]) for entry in self.task_vectors for role in ("tuned", "base")]
+        return [("target", self.target), *((role, source) for role, source in roles if role == "tuned" or source)]
+
+    def settings(self) -> MergeSettings:
+        """How the sources are put together.
+
+        Raises:
+            ConfigError: a granularity or an expression that cannot be.
+        """
+        grouping = Grouping(self.granularity, self.weight_groups, self.freeze)
+        return MergeSettings(
+            grouping=grouping, method=self.method, dtype=self.dtype, vocabulary=self.vocabulary, omit=self.omit
+        )
+
     def save(self, path: Path) -> None:
         """Write the recipe as YAML."""
-        content = {"tvmerge": __version__, **asdict(self), "omit": list(self.omit)}
+        content = {"tvmerge": __version__, **asdict(self), "omit": list(self.omit), "freeze": list(self.freeze)}
         write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
 
     def open_sources(self, *, cache_dir: str | None = None) -> Sources:
-        """Find and open the three models, at the recorded commits.
+        """Find and open the models, at the recorded commits.
 
         Raises:
             CheckpointError: one of them cannot be found or read.
             RecipeError: a local folder has gone, or holds other weights than when the recipe was written.
         """
-        found = {}
-        for role in ("target", "base", "tuned"):
-            source = getattr(self, role)
-            name, revision = source["model"], source.get("revision")
-            if not revision and not local_path(name, flag=f"the recipe's {role} model").is_dir():
-                raise RecipeError(
-                    f"the {role} model was the local folder {name}, which is not here: run from the folder that "
-                    "it is relative to, or mend the recipe"
-                )
-            found[role] = Checkpoint(resolve(name + (f"@{revision}" if revision else ""), cache_dir=cache_dir))
-            if source.get("fingerprint") not in (None, found[role].fingerprint):
-                raise RecipeError(
-                    f"the weights in {name} are not those of the recipe's {role} model: they were changed"
-                )
-        return Sources(**found)
+        opened: dict[str, Checkpoint] = {}
+        for role, source in self._by_role():
+            key = str(source)
+            if key not in opened:
+                opened[key] = _open(role, source, cache_dir=cache_dir)
+        entries = [
+            TunedModel(
+                label=entry["label"],
+                tuned=opened[str(entry["tuned"])],
+                base=None if not entry["base"] else opened[str(entry["base"])],
+            )
+            for entry in self.task_vectors
+        ]
+        return Sources(target=opened[str(self.target)], tuned=entries)
 
-    def rebuild(self, sources: Sources) -> StateDict:
+    def rebuild(self, sources: Sources) -> MergedStateDict:
         """The merged model that the recipe describes.
 
         Raises:
             RecipeError: the weights are not those of the sources' tensors.
             IncompatibleError: the sources do not fit together.
         """
-        merge = sources.merge(granularity=self.granularity, method=self.method, omit=self.omit)
+        merge = sources.merge(self.settings())
         different = sorted(set(merge.weight_names) ^ set(self.weights))
         if different:
             raise RecipeError(
@@ -161,10 +178,37 @@ class Recipe:
         return merge.at(self.weights)
 
 
-def source_entry(checkpoint: Checkpoint) -> dict[str, str | None]:
+def _open(role: str, source: Source, *, cache_dir: str | None) -> Checkpoint:
+    name, revision = str(source["model"]), source.get("revision")
+    if not revision and not local_path(name, flag=f"the recipe's {role} model").is_dir():
+        raise RecipeError(
+            f"the {role} model was the local folder {name}, which is not here: run from the folder that "
+            "it is relative to, or mend the recipe"
+        )
+    found = open_checkpoint(name + (f"@{revision}" if revision else ""), cache_dir=cache_dir)
+    if source.get("fingerprint") not in (None, found.fingerprint):
+        raise RecipeError(f"the weights in {name} are not those of the recipe's {role} model: they were changed")
+    return found
+
+
+def source_entry(checkpoint: Header) -> dict[str, str | None]:
     """A model as a recipe holds it."""
+    assert isinstance(checkpoint, Checkpoint), "a recipe is of models whose weights are here"
     model = checkpoint.model
     return {"model": model.name, "revision": model.revision, "fingerprint": checkpoint.fingerprint}
+
+
+def source_entries(sources: Sources) -> dict[str, Any]:
+    """All models as a recipe holds them: its fields `target` and `task_vectors`."""
+    entries = [
+        {
+            "label": entry.label,
+            "tuned": source_entry(entry.tuned),
+            "base": None if entry.base is None else source_entry(entry.base),
+        }
+        for entry in sources.tuned
+    ]
+    return {"target": source_entry(sources.target), "task_vectors": entries}
 
 
 def library_versions() -> dict[str, str]:
@@ -179,9 +223,25 @@ def write_model(recipe: Recipe, sources: Sources, folder: Path) -> None:
         recipe: what to build.
         sources: its opened models.
         folder: an existing folder, usually staged; the caller makes it appear.
+
+    Raises:
+        CheckpointError: a source holds NaN or infinity, or was changed meanwhile.
+        RunError: the merged values are too large for the dtype, or the disk is full.
     """
-    write_weights(recipe.rebuild(sources), folder)
+    sources.check_unchanged()
+    try:
+        write_weights(recipe.rebuild(sources), folder)
+    except NotFiniteError as error:
+        check_finite(sources, omit=recipe.omit)
+        raise RunError(
+            f"{error}: merged values are too large for its dtype: save with --dtype bfloat16, or use smaller weights"
+        ) from error
+    except OSError as error:
+        raise RunError(f"{folder.parent}: cannot be written, nothing was kept: {error.strerror}") from error
+    sources.check_unchanged()
     copy_model_files(sources.target.model.path, folder)
+    if recipe.dtype is not None:
+        write_config(folder, dtype=recipe.dtype)
     recipe.save(folder / RECIPE_FILE)
 
 

@@ -82,21 +82,24 @@ def model_card(recipe: Recipe, *, table: str, verdict_text: str, weights: Mappin
     """README.md of the merged model, as the Hub reads it."""
     metadata: dict[str, object] = {"library_name": "transformers", "tags": ["merge", "tvmerge"]}
     # The Hub takes ids only, and refuses a folder of somebody's machine.
-    of_hub = [source["model"] for source in (recipe.target, recipe.base, recipe.tuned) if source["revision"]]
+    sources = {"target": recipe.target}
+    for entry in recipe.task_vectors:
+        name = f" {entry['label']}" if len(recipe.task_vectors) > 1 else ""
+        sources |= {f"{role}{name}": entry[role] for role in ("base", "tuned") if entry[role]}
+    of_hub = [source["model"] for source in sources.values() if source["revision"]]
     if of_hub:
         metadata["base_model"] = list(dict.fromkeys(of_hub))
     header = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     weight_rows = "\n".join(f"| {name} | {weight:.4f} |" for name, weight in weights.items())
+    listed = "\n".join(f"- {role}: `{_source(source)}`" for role, source in sources.items())
     return f"""---
 {header}---
 
 # A merge found by tvmerge
 
-`target + Σ w·(tuned − base)`, with one weight per {recipe.granularity if recipe.granularity != "all" else "tensor"}.
+`target + Σ w·(tuned − base)`, with {_per(recipe)}.
 
-- target: `{_source(recipe.target)}`
-- base: `{_source(recipe.base)}`
-- tuned: `{_source(recipe.tuned)}`
+{listed}
 
 `tvmerge apply recipe.yaml --output_dir DIR` rebuilds this model from them.
 
@@ -112,6 +115,13 @@ def model_card(recipe: Recipe, *, table: str, verdict_text: str, weights: Mappin
 |---|---:|
 {weight_rows}
 """
+
+
+def _per(recipe: Recipe) -> str:
+    kind, _, size = recipe.granularity.partition(":")
+    per = {"uniform": "one weight", "all": "one weight per tensor", "block": f"one weight per {size} layers"}
+    split = f", split into {', '.join(recipe.weight_groups)}" if recipe.weight_groups else ""
+    return per.get(kind, f"one weight per {kind}") + split
 
 
 def _source(source: Mapping[str, str | None]) -> str:

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 import yaml
 
-from tvmerge.checkpoint import Checkpoint, ModelId, check_mergeable, check_same_vocabulary, model_files, resolve
+from tvmerge.checkpoint import Checkpoint, Header
 from tvmerge.config import JglueConfig
-from tvmerge.errors import CheckpointError, ConfigError, RecipeError
+from tvmerge.errors import CheckpointError, ConfigError, RecipeError, RunError
 from tvmerge.evaluators import Evaluator, QuestionScore, mean_score, task_scores
 from tvmerge.evaluators.lm_eval import HarnessModel, LmEvalEvaluator, load_tasks, split_questions
 from tvmerge.files import check_writable, local_path, remove_staged, staged_directory, write_text
+from tvmerge.hub import ModelId
 from tvmerge.merge import Merge
 from tvmerge.models.transformers import TransformersModel, load_tokenizer, unread_tensors
 from tvmerge.progress import RunProgress
-from tvmerge.recipe import RECIPE_FILE, Recipe, Sources, library_versions, source_entry, write_model
+from tvmerge.recipe import RECIPE_FILE, Recipe, library_versions, source_entries, write_model
 from tvmerge.report import Candidate, model_card, score_table, verdict
 from tvmerge.search import uniform_weights
-from tvmerge.state_dict import StateDict, Without
-from tvmerge.study import MergeStudy, TrialResult
+from tvmerge.sources import MergeSettings, Sources, check_finite, open_sources
+from tvmerge.state_dict import StateDict
+from tvmerge.study import STORAGE_ERRORS, MergeStudy, TrialResult
+from tvmerge.writer import model_files
 
 __all__ = ["jglue"]
-
-METHOD = "task_arithmetic"
 
 
 def jglue(config: JglueConfig) -> None:
@@ -40,20 +41,31 @@ def jglue(config: JglueConfig) -> None:
     check_output(output)
     device = choose_device(config.device)
     questions = ask_tasks(config)
-    sources = open_models(config)
-    models = (sources.target, sources.base, sources.tuned)
-    omit = sorted({name for model in models for name in unread_tensors(model)})
-    merge = sources.merge(granularity=config.optimize_mode, method=METHOD, omit=omit)
+    sources = open_sources(
+        target=config.target_model,
+        tuned=config.tuned_models,
+        base=config.base_model,
+        vocabulary=config.vocabulary,
+        cache_dir=config.cache_dir,
+    )
+    omit = sorted({name for model in sources.whole_models() for name in unread_tensors(model)})
+    settings = replace(config.merge_settings, omit=omit)
+    merge = sources.merge(settings, keep=config.delta_storage == "memory")
     load_tokenizer(sources.target.model.path)
     output.mkdir(parents=True, exist_ok=True)
     study = open_study(config, output, sources=sources, merge=merge, questions=questions, device=device)
     try:
         remove_staged(output, "best")
-        settings = {**asdict(config), "n_trials": max(config.n_trials, study.n_finished)}
-        write_text(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        resolved = {**asdict(config), "n_trials": max(config.n_trials, study.n_finished)}
+        write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+        if not study.n_finished:
+            check_finite(sources, omit)
         folder = sources.target.model.path
-        model = TransformersModel.from_folder(folder, checkpoint_names=merge.target.names, device=device)
-        JglueRun(config, output, sources, merge, omit, study, model, questions).run()
+        model = TransformersModel.from_folder(folder, checkpoint=merge.target, device=device, dtype=config.dtype)
+        JglueRun(config, output, sources, settings, merge, study, model, questions).run()
+    except STORAGE_ERRORS as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RunError(f"{output / 'study.db'}: cannot be written ({reason}): the same command goes on") from error
     finally:
         study.close()
 
@@ -63,22 +75,6 @@ def check_output(output: Path) -> None:
     check_writable(output)
     if (output / "best").exists() and not (output / "study.db").exists():
         raise ConfigError(f"--output_dir {output}: holds a 'best' that no study made, name another folder")
-
-
-def open_models(config: JglueConfig) -> Sources:
-    """Open the three models and check what does not depend on how they are merged."""
-    names = {"target": config.target_model, "base": config.base_model, "tuned": config.tuned_model}
-    models = {role: Checkpoint(resolve(name, cache_dir=config.cache_dir)) for role, name in names.items()}
-    for role, model in models.items():
-        check_mergeable(model, name=f"the {role} model {model.model.name}")
-    for role in ("base", "tuned"):
-        check_same_vocabulary(
-            models["target"],
-            models[role],
-            reference_name=f"the target model {names['target']}",
-            other_name=f"the {role} model {names[role]}",
-        )
-    return Sources(**models)
 
 
 def choose_device(name: str) -> str:
@@ -138,7 +134,9 @@ def open_study(
     asked = [evaluator.fingerprint for evaluator in (questions.search, questions.heldout) if evaluator is not None]
     identity = {
         **config.identity(),
-        **{f"{role}_model": f"weights {getattr(sources, role).fingerprint}" for role in ("target", "base", "tuned")},
+        "target_model": _weights(sources.target),
+        "tuned_model": [f"{entry.label}: {_weights(entry.tuned)}" for entry in sources.tuned],
+        "base_model": [None if entry.base is None else _weights(entry.base) for entry in sources.tuned],
         "questions": asked,
         "device": device.partition(":")[0],
     }
@@ -153,6 +151,21 @@ def open_study(
     )
 
 
+def _weights(model: Header) -> str:
+    assert isinstance(model, Checkpoint), "a run is of models whose weights are here"
+    return f"weights {model.fingerprint}"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A model of the table."""
+
+    label: str  # the column's head
+    model: str  # as scores.jsonl calls it
+    trial: int | None  # None: no trial's merge
+    state_dict: StateDict
+
+
 @dataclass(frozen=True)
 class JglueRun:
     """A run whose every part is checked and open."""
@@ -160,8 +173,8 @@ class JglueRun:
     config: JglueConfig
     output: Path
     sources: Sources
+    settings: MergeSettings
     merge: Merge
-    omit: Sequence[str]
     study: MergeStudy
     model: TransformersModel
     questions: Questions
@@ -189,7 +202,9 @@ class JglueRun:
     ) -> Sequence[QuestionScore]:
         advance, close = progress.count_questions(evaluator.n_questions, what)
         try:
+            self.sources.check_unchanged()
             self.model.load(state_dict)
+            self.sources.check_unchanged()
             return evaluator.score(harness, advance)
         finally:
             close()
@@ -213,31 +228,38 @@ class JglueRun:
         """Score target, tuned, uniform and best on the held-out questions; what was scored before is not again."""
         evaluator = self.questions.heldout or self.questions.search
         candidates = []
-        for label, trial in self._columns():
-            model = "tuned" if trial is None else "merge"
-            number = None if trial is None else trial.number
-            scores = self.study.scores.find(model=model, trial=number, split=self._split)
+        for column in self._columns():
+            scores = self.study.scores.find(model=column.model, trial=column.trial, split=self._split)
             if len(scores) != evaluator.n_questions:
-                state_dict = Without(self.sources.tuned, self.omit) if trial is None else self.merge.at(trial.weights)
-                measured = self._score(state_dict, evaluator, harness, progress, f"{self._split} {label}")
-                self.study.scores.replace(measured, model=model, trial=number, split=self._split)
+                what = f"{self._split} {column.label}"
+                measured = self._score(column.state_dict, evaluator, harness, progress, what)
+                self.study.scores.replace(measured, model=column.model, trial=column.trial, split=self._split)
                 scores = list(measured)
-            candidates.append(Candidate(label=label, scores=scores))
+            candidates.append(Candidate(label=column.label, scores=scores))
         return candidates
 
-    def _columns(self) -> list[tuple[str, TrialResult | None]]:
-        """Column head → the trial it shows, None for the tuned model."""
+    def _columns(self) -> list[Column]:
+        """The models of the table, in order."""
         results = {result.number: result for result in self.study.results()}
         uniform = [results[n] for n in range(self.study.n_uniform) if n in results]
         best_uniform = max(uniform, key=lambda result: (result.score, -result.number))
         weight = next(iter(best_uniform.weights.values()))
+        tuned = [(entry, self.sources.tuned_state_dict(entry, self.settings)) for entry in self.sources.tuned]
+        several = len(tuned) > 1
         return [
-            ("target", results[0]),
-            ("tuned", None),
-            ("uniform 1", results[1]),
-            (f"best uniform ({weight:g})", best_uniform),
-            ("best", self.study.best()),
+            self._merged("target", results[0]),
+            *(
+                Column(entry.label if several else "tuned", f"tuned/{entry.label}" if several else "tuned", None, model)
+                for entry, model in tuned
+                if model is not None
+            ),
+            self._merged("uniform 1", results[1]),
+            self._merged(f"best uniform ({weight:g})", best_uniform),
+            self._merged("best", self.study.best()),
         ]
+
+    def _merged(self, label: str, result: TrialResult) -> Column:
+        return Column(label, "merge", result.number, self.merge.at(result.weights))
 
     def _save(self, candidates: Sequence[Candidate]) -> None:
         best = self.study.best()
@@ -259,11 +281,15 @@ class JglueRun:
 
     def _recipe(self, best: TrialResult, scores: Sequence[QuestionScore]) -> Recipe:
         return Recipe(
-            **{role: source_entry(getattr(self.sources, role)) for role in ("target", "base", "tuned")},
-            granularity=self.config.optimize_mode,
-            method=METHOD,
+            **source_entries(self.sources),
+            granularity=self.settings.grouping.granularity,
             weights=dict(best.weights),
-            omit=list(self.omit),
+            weight_groups=dict(self.settings.grouping.weight_groups),
+            freeze=list(self.settings.grouping.freeze),
+            method=self.settings.method,
+            dtype=self.settings.dtype,
+            vocabulary=self.settings.vocabulary,
+            omit=list(self.settings.omit),
             score={
                 "trial": best.number,
                 "search": best.score,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,6 +55,9 @@ class StateDict(Protocol):
             `out`, or a tensor of the spec's shape and dtype that the caller must not change.
         """
 
+    def version(self, name: str) -> Hashable:
+        """Two reads of one name give the same values if their versions are equal, also of different state dicts."""
+
 
 class Without:
     """A state dict less some of its tensors: those that a model does not read, or reads under another name."""
@@ -79,6 +82,10 @@ class Without:
         if name in self._omit:
             raise KeyError(name)
         return self._state_dict.read(name, out=out)
+
+    def version(self, name: str) -> Hashable:
+        """As in the whole state dict."""
+        return self._state_dict.version(name)
 
 
 def deliver(value: Tensor, out: Tensor | None) -> Tensor:

@@ -26,13 +26,16 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from tvmerge.errors import RunError, StudyError
+from tvmerge.errors import InputError, RunError, StudyError
 from tvmerge.evaluators import QuestionScore, mean_score, task_scores
 from tvmerge.files import write_text
 from tvmerge.samplers import SeededSampler
 from tvmerge.search import BASELINES
 
-__all__ = ["MergeStudy", "ScoreLog", "TrialResult"]
+__all__ = ["STORAGE_ERRORS", "MergeStudy", "ScoreLog", "TrialResult"]
+
+#: What the storage of a study raises, on a full disk for one.
+STORAGE_ERRORS = (SQLAlchemyError, OptunaError)
 
 STUDY_NAME = "tvmerge"
 LOG_KEYS = {"model", "trial", "split", "task", "question", "score"}
@@ -52,8 +55,8 @@ class TrialResult:
 class ScoreLog:
     """scores.jsonl: one line for each question that a model was scored on.
 
-    Keys: `model` (`merge`, at the weights of `trial`, or `tuned`), `trial` (null for `tuned`), `split` (`search` or
-    `heldout`), `task`, `question` (index in the task), `score` (null: unscored).
+    Keys: `model` (`merge`, at the weights of `trial`, or `tuned`; `tuned/label` if there are several), `trial` (null
+    for those), `split` (`search` or `heldout`), `task`, `question` (index in the task), `score` (null: unscored).
     """
 
     def __init__(self, path: Path) -> None:
@@ -152,7 +155,7 @@ class MergeStudy:
             )
             is_new = self._check_identity(output_dir, json.loads(json.dumps(identity)))
             self._check_scores(is_new=is_new)
-        except (SQLAlchemyError, OptunaError) as error:
+        except STORAGE_ERRORS as error:
             self.close()
             reason = " ".join(str(error).split())[:200]
             raise StudyError(f"{output_dir / 'study.db'}: cannot be opened as a study: {reason}") from error
@@ -163,7 +166,7 @@ class MergeStudy:
     def _check_scores(self, *, is_new: bool) -> None:
         """Drop the lines of no finished trial of this study; refuse if those of one are gone."""
         finished = {trial.number for trial in self._trials(TrialState.COMPLETE)}
-        self.scores.keep(lambda line: not is_new and (line["model"] == "tuned" or line["trial"] in finished))
+        self.scores.keep(lambda line: not is_new and (line["trial"] is None or line["trial"] in finished))
         lost = finished - {line["trial"] for line in self.scores.lines() if line["split"] == "search"}
         if lost:
             raise StudyError(f"{self.scores.path}: lacks the scores of trial {min(lost)}: restore it, or begin anew")
@@ -242,6 +245,8 @@ class MergeStudy:
             score = mean_score(scores)
             if score is None:
                 raise RunError("no question of a task could be scored")
+        except InputError:  # a model was changed meanwhile: nothing is recorded
+            raise
         except Exception as error:
             if trial.number < len(BASELINES) or isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
                 raise RunError(f"trial {trial.number}: {_reason(error)}") from error

@@ -1,0 +1,151 @@
+"""Sums of differences against float64, for all dtypes, parts, threads and ways of keeping them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tvmerge import delta as delta_module
+from tvmerge.delta import Delta, add_deltas, all_finite, keep_exactly
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+FLOATS = DTYPES[:3]
+
+
+def exact(target: Tensor, deltas: list[Delta], weights: list[float]) -> Tensor:
+    """The reference: float64 over the stored values."""
+    total = target.double()
+    for term, weight in zip(deltas, weights, strict=True):
+        subtrahend = torch.zeros_like(term.minuend) if term.subtrahend is None else term.subtrahend
+        total = total + weight * (term.minuend.double() - subtrahend.double())
+    return total
+
+
+def ulps(value: Tensor, reference: Tensor) -> float:
+    """Greatest distance from a float64 reference, in units of the last place that `value`'s dtype has there."""
+    info = torch.finfo(value.dtype)
+    # The last place of a number is that of its power of two, and in the subnormals that of the least normal number.
+    _, exponent = torch.frexp(reference.abs().clamp_min(info.tiny))
+    last_place = info.eps * torch.exp2(exponent.double() - 1)
+    return float(((value.double() - reference).abs() / last_place).max())
+
+
+def draw(n: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.mark.parametrize(("target", "tuned", "base", "out"), list(itertools.product(FLOATS, repeat=4)))
+def test_every_mixture_of_dtypes_is_float64_rounded_once(
+    target: torch.dtype, tuned: torch.dtype, base: torch.dtype, out: torch.dtype
+) -> None:
+    n = 70_001
+    t, a, b = draw(n, target, 0), draw(n, tuned, 1), draw(n, base, 2)
+    weight = float(np.float32(0.7))
+    result = add_deltas(t, [Delta(a, b)], [weight], out=torch.empty(n, dtype=out))
+    reference = exact(t, [Delta(a, b)], [weight])
+    assert torch.equal(result, reference.to(out))
+    assert ulps(result, reference) <= 0.51
+
+
+numbers = st.floats(-1e4, 1e4, width=16) | st.floats(-2**-10, 2**-10, width=32) | st.sampled_from([0.0, -0.0, 1.0, 1e-8])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.lists(st.tuples(numbers, numbers, numbers), min_size=1, max_size=40),
+    weight=st.floats(-3, 3, width=32),
+    dtype=st.sampled_from(FLOATS),
+    cancel=st.booleans(),
+)
+def test_no_element_is_further_than_one_ulp_from_float64(
+    rows: list[tuple[float, float, float]], weight: float, dtype: torch.dtype, cancel: bool
+) -> None:
+    t, a, b = (torch.tensor(column, dtype=torch.float64).to(dtype) for column in zip(*rows, strict=True))
+    if cancel:  # the worst case: the sum is a small part of its terms
+        t = (-weight * (a.double() - b.double())).to(dtype)
+    reference = exact(t, [Delta(a, b)], [weight])
+    reference = reference[keep := reference.abs() < torch.finfo(dtype).max]
+    for delta in (Delta(a, b), keep_exactly(Delta(a, b), dtype)):
+        result = add_deltas(t, [delta], [weight], out=torch.empty_like(t))[keep]
+        assert not len(result) or ulps(result, reference) <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ways_of_keeping_and_adding_give_the_same_bits(dtype: torch.dtype) -> None:
+    n = 300_007
+    t, a = draw(n, dtype, 0), draw(n, dtype, 1)
+    b = (a.double() + 0.02 * draw(n, torch.float64, 2)).to(dtype)
+    difference = Delta(a, b)
+    kept = keep_exactly(difference, dtype)
+    assert kept.subtrahend is None
+    assert torch.equal(kept.exact(), a.double() - b.double())
+    if dtype in (torch.bfloat16, torch.float16):
+        assert kept.index is not None
+        assert 0 < len(kept.index) < 0.02 * n, "near each other, models have differences of their own dtype"
+    for terms, weights in (([0], [0.37]), ([0, 1], [0.37, -1.25])):
+        weights = [float(np.float32(weight)) for weight in weights]
+        other = Delta(b, a)
+        expected = exact(t, [[difference, other][i] for i in terms], weights).to(dtype)
+        for first in (difference, kept):
+            deltas = [[first, other][i] for i in terms]
+            assert torch.equal(add_deltas(t, deltas, weights, out=torch.empty_like(t)), expected)
+            by_torch = torch.empty_like(t)
+            delta_module._add_by_torch(t, deltas, weights, by_torch)
+            assert torch.equal(by_torch, expected)
+
+
+def test_what_would_be_listed_too_often_is_not_kept() -> None:
+    delta = Delta(draw(5000, torch.bfloat16, 0), draw(5000, torch.bfloat16, 1))
+    assert keep_exactly(delta, torch.bfloat16) is delta
+    empty = Delta(torch.empty(0, 3), torch.empty(0, 3))
+    assert keep_exactly(empty, torch.float32).exact().shape == (0,)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_number_of_threads_changes_nothing(threads: int) -> None:
+    n = 500_003
+    t, a, b = (draw(n, torch.bfloat16, seed) for seed in range(3))
+    kept = keep_exactly(Delta(a, (a.double() + 0.02 * b.double()).bfloat16()), torch.bfloat16)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for deltas in ([Delta(a, b)], [kept], [kept, Delta(a, b)]):
+            result = add_deltas(t, deltas, [0.5] * len(deltas), out=torch.empty_like(t))
+            reference = t.double() + 0.5 * sum((d.exact() for d in deltas), torch.zeros(n, dtype=torch.float64))
+            assert ulps(result, reference) <= 0.51
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_view_that_is_not_contiguous_is_filled_and_nothing_beside_it() -> None:
+    t, a, b = (draw(24, torch.bfloat16, seed).reshape(4, 6) for seed in range(3))
+    whole = torch.full((8, 6), 7.0, dtype=torch.bfloat16)
+    add_deltas(t, [Delta(a, b)], [1.0], out=whole[::2])
+    assert torch.equal(whole[::2], exact(t, [Delta(a, b)], [1.0]).bfloat16())
+    assert bool((whole[1::2] == 7).all())
+    transposed = torch.empty(6, 4, dtype=torch.bfloat16)
+    add_deltas(t, [Delta(a, b)], [1.0], out=transposed.T)
+    assert torch.equal(transposed.T, whole[::2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity_are_found_and_stay(dtype: torch.dtype, bad: float) -> None:
+    values = draw(200_000, dtype, 0)
+    values[0] = torch.finfo(dtype).max
+    values[1] = torch.finfo(dtype).tiny
+    assert all_finite(values)
+    zeros = torch.zeros_like(values)
+    for place in (0, 77_777, 199_999):
+        values[place] = bad
+        assert not all_finite(values)
+        result = add_deltas(values, [Delta(zeros, zeros)], [0.5], out=torch.empty_like(values))
+        assert torch.equal(result[place].isnan(), torch.tensor(bad != bad))
+        assert torch.equal(result[place].isinf(), torch.tensor(bad == bad))
+        values[place] = 1.0

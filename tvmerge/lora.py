@@ -1,0 +1,230 @@
+"""LoRA adapters in PEFT's format as task vectors: scale·B·A, without building the tuned model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tvmerge.checkpoint import Checkpoint, Header, read_json
+from tvmerge.delta import Delta
+from tvmerge.errors import CheckpointError, IncompatibleError
+from tvmerge.hub import ModelId
+from tvmerge.state_dict import StateDict, TensorSpec
+from tvmerge.task_vector import TaskVector
+
+__all__ = ["Adapter", "LoraTaskVector", "check_adapter_base", "is_adapter"]
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+#: What PEFT puts before the names of the model that it wraps.
+PREFIX = "base_model.model."
+#: Settings under which the weights are not base + scale·B·A of the matrices in the file.
+UNSUPPORTED = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "arrow_config",
+    "alora_invocation_tokens",
+    "lora_bias",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+)
+#: Ways of starting that change the base model too, so that the adapter is no difference from the original one.
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(\.weight)?")
+
+
+def is_adapter(model: ModelId) -> bool:
+    """Whether a folder holds an adapter and no whole model."""
+    return (model.path / CONFIG).is_file() and not (model.path / "config.json").is_file()
+
+
+class Adapter(Checkpoint):
+    """The matrices of an adapter, memory-mapped.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        IncompatibleError: it is no LoRA adapter, or of a kind that is more than scale·B·A.
+    """
+
+    def __init__(self, model: ModelId) -> None:
+        super().__init__(_checked(model), single=WEIGHTS)
+        where = f"the adapter {model.name}"
+        settings = self.config
+        if settings.get("peft_type") != "LORA":
+            raise IncompatibleError(f"{where}: is of the kind {settings.get('peft_type')}, only LORA can be merged")
+        used = [name for name in UNSUPPORTED if settings.get(name)]
+        start = settings.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
+            used.append(f"init_lora_weights={start}")
+        if used:
+            hint = "merge it into its base with PEFT and name the merged model"
+            raise IncompatibleError(f"{where}: uses {', '.join(used)}, which is more than scale·B·A: {hint}")
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The content of adapter_config.json."""
+        return read_json(self.model.path / CONFIG)
+
+    @property
+    def base_name(self) -> str | None:
+        """The model that it was trained on, as its author named it."""
+        name = self.config.get("base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
+
+    def scale(self, module: str, *, rank: int) -> float:
+        """What B·A is multiplied by; alpha may differ between modules."""
+        settings = self.config
+        patterns = settings.get("alpha_pattern") or {}
+        alpha = next((patterns[key] for key in patterns if re.fullmatch(rf"(.*\.)?({key})", module)), None)
+        alpha = settings["lora_alpha"] if alpha is None else alpha
+        return float(alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
+
+
+def _checked(model: ModelId) -> ModelId:
+    if not (model.path / WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{model.path}: holds {CONFIG} and no {WEIGHTS}: pickled adapters are not loaded, save it with safetensors"
+        )
+    return model
+
+
+class LoraTaskVector(TaskVector):
+    """The difference that an adapter makes: scale·B·A, and whole tensors that were trained beside it.
+
+    Args:
+        adapter: the matrices.
+        reference: names and shapes of the model that it is added to.
+        base: the model that it was trained on, needed only if it holds whole tensors.
+
+    Raises:
+        IncompatibleError: a matrix fits no tensor of `reference`, or `base` is needed.
+
+    Source:
+        Hu et al. 2022, LoRA, arXiv:2106.09685, equation 3; Kalajdzievski 2023, rsLoRA, arXiv:2312.03732, for √r.
+    """
+
+    def __init__(self, *, adapter: Adapter, reference: StateDict, base: StateDict | None) -> None:
+        self._adapter = adapter
+        self._base = base
+        self._shapes = {name: reference.spec(name).shape for name in reference.names}
+        self._factors: dict[str, dict[str, str]] = {}  # tensor → "A" or "B" → name in the adapter
+        self._modules: dict[str, str] = {}  # tensor → module, as the adapter spells it
+        self._whole: dict[str, str] = {}  # tensor → name in the adapter
+        for name in adapter.names:
+            self._place(name)
+        for tensor, factors in self._factors.items():
+            self._check(tensor, factors)
+
+    def _place(self, name: str) -> None:
+        inner = name.removeprefix(PREFIX)
+        factor = _FACTOR.fullmatch(inner)
+        if factor:
+            tensor = self._find(f"{factor['module']}.weight")
+            self._factors.setdefault(tensor, {})[factor["factor"]] = name
+            self._modules[tensor] = factor["module"]
+        elif ".base_layer." not in inner:  # that is the base itself, saved beside
+            self._whole[self._find(inner)] = name
+
+    def _find(self, name: str) -> str:
+        """The tensor of the reference that an adapter means, where a model class may spell its prefix differently."""
+        if name in self._shapes:
+            return name
+        parts = name.split(".")
+        first = next((i for i, part in enumerate(parts) if part.isdecimal()), len(parts) - 1)
+        tail = "." + ".".join(parts[max(first - 1, 0) :])
+        found = [known for known in self._shapes if f".{known}".endswith(tail)]
+        shared = {known: len(set(known.split(".")) & set(parts)) for known in found}
+        best = [known for known in found if shared[known] == max(shared.values())]
+        if len(best) != 1:
+            what = "does not have" if not best else f"has {len(best)} times"
+            raise IncompatibleError(
+                f"the adapter {self._adapter.model.name} changes {name}, which the model {what}: it was trained for "
+                f"another model{_named(self._adapter.base_name)}"
+            )
+        return best[0]
+
+    def _check(self, tensor: str, factors: Mapping[str, str]) -> None:
+        where = f"the adapter {self._adapter.model.name}"
+        if factors.keys() != {"A", "B"}:
+            raise IncompatibleError(f"{where}: has only one of the two matrices for {tensor}: save it again")
+        a, b = (self._adapter.spec(factors[factor]).shape for factor in "AB")
+        shape = self._shapes[tensor]
+        if len(shape) != 2 or len(a) != 2 or len(b) != 2:
+            raise IncompatibleError(f"{where}: changes {tensor}, which is no matrix: only linear layers can be merged")
+        product = (b[0], a[1])
+        if (product[::-1] if self._is_transposed(tensor) else product) != shape or a[0] != b[1]:
+            raise IncompatibleError(
+                f"{where}: changes {tensor} as one of shape {list(product)}, where the model's is {list(shape)}: it "
+                f"was trained for another model{_named(self._adapter.base_name)}"
+            )
+
+    def _is_transposed(self, tensor: str) -> bool:
+        return bool(self._adapter.config.get("fan_in_fan_out")) != ("lora_embedding_" in self._factors[tensor]["A"])
+
+    def check_base(self) -> None:
+        """Refuse whole tensors without the base that they were trained from.
+
+        Raises:
+            IncompatibleError: with the first of them.
+        """
+        if self._whole and self._base is None:
+            raise IncompatibleError(
+                f"the adapter {self._adapter.model.name} holds {min(self._whole)} whole: name the base model that it "
+                "was trained on, as --base_model or as name:base"
+            )
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the tensors that the adapter changes, sorted."""
+        return sorted({*self._factors, *self._whole})
+
+    def spec(self, name: str) -> TensorSpec:
+        """The shape of the model's tensor, in float32."""
+        if name not in self._factors and name not in self._whole:
+            raise KeyError(name)
+        return TensorSpec(shape=self._shapes[name], dtype=torch.float32)
+
+    def delta(self, name: str) -> Delta:
+        """The product in float64, or views of both whole tensors."""
+        if name in self._whole:
+            assert self._base is not None, "check_base was called"
+            return Delta(minuend=self._adapter.read(self._whole[name]), subtrahend=self._base.read(name))
+        factors = self._factors[name]
+        a, b = (self._adapter.read(factors[factor]).double() for factor in "AB")
+        product = (b @ a).mul_(self._adapter.scale(self._modules[name], rank=a.shape[0]))
+        return Delta(minuend=product.T.contiguous() if self._is_transposed(name) else product)
+
+
+def check_adapter_base(adapter: Adapter, base: Header) -> None:
+    """Refuse an adapter that says it was trained on another model than the given base.
+
+    Raises:
+        IncompatibleError: with both names.
+    """
+    said, given = adapter.base_name, base.model
+    if said is None:
+        return
+    folder = Path(said).expanduser()
+    if folder.is_dir() and isinstance(base, Checkpoint) and folder.resolve() != given.path.resolve():
+        other = Checkpoint(ModelId(name=said, revision=None, path=folder)).fingerprint != base.fingerprint
+    else:
+        other = given.revision is not None and said.count("/") == 1 and said.lower() != given.name.lower()
+    if other:
+        raise IncompatibleError(
+            f"the adapter {adapter.model.name} was trained on {said}, not on {given.name}: name its base as "
+            f"{adapter.model.name}:{said}"
+        )
+
+
+def _named(base: str | None) -> str:
+    return f", {base}" if base else ""

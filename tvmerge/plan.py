@@ -1,0 +1,194 @@
+"""What a merge would need, and whether it can work, from headers alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tvmerge.checkpoint import SAFETENSORS_DTYPES, Checkpoint, Header
+from tvmerge.config import PlanConfig
+from tvmerge.errors import CheckpointError, IncompatibleError, InputError
+from tvmerge.files import check_writable, local_path
+from tvmerge.hub import describe, resolve
+from tvmerge.lora import Adapter, is_adapter
+from tvmerge.merge import Merge
+from tvmerge.sources import Sources, open_sources
+from tvmerge.state_dict import TensorSpec
+
+__all__ = ["plan"]
+
+
+def plan(config: PlanConfig) -> None:
+    """Print what a merge would need: sizes, checks, number of weights, memory, disk, bytes per trial.
+
+    Raises:
+        InputError: the merge cannot work; what is known of it was printed.
+    """
+    output = local_path(config.output_dir, flag="--output_dir")
+    opened: list[tuple[str, Header, int]] = []
+
+    def open_model(name: str) -> Header:
+        header, missing = open_header(name, cache_dir=config.cache_dir)
+        opened.append((name, header, missing))
+        return header
+
+    try:
+        check_writable(output)
+        sources = open_sources(
+            target=config.target_model,
+            tuned=config.tuned_models,
+            base=config.base_model,
+            vocabulary=config.vocabulary,
+            cache_dir=config.cache_dir,
+            open_model=open_model,
+        )
+        omit = _unread(sources)
+        merge = sources.merge(replace(config.merge_settings, omit=omit))
+    except InputError:
+        print(_table(_model_rows(opened)))
+        raise
+    print(_table(_model_rows(opened)))
+    print()
+    rows, problems = _needs(config, sources, merge, omit, missing=sum(m for _, _, m in opened), output=output)
+    print(_table([("what", "figure"), *rows]))
+    if problems:
+        raise IncompatibleError("; ".join(problems))
+
+
+def open_header(name: str, *, cache_dir: str | None) -> tuple[Header, int]:
+    """Find a model and read its headers; of a Hub model nothing else is fetched but its small files.
+
+    Returns:
+        The headers, and the bytes of weights that are still to be downloaded.
+
+    Raises:
+        CheckpointError: it cannot be found or read.
+    """
+    described = describe(name, cache_dir=cache_dir)
+    model = resolve(name, cache_dir=cache_dir) if described is None else described.model
+    if is_adapter(model):  # small enough to fetch whole
+        return Adapter(resolve(name, cache_dir=cache_dir)), 0
+    if described is None or described.tensors is None:
+        return Checkpoint(model), 0
+    unknown = {dtype for dtype, _ in described.tensors.values()} - SAFETENSORS_DTYPES.keys()
+    if unknown:
+        raise CheckpointError(f"model {name}: holds the dtype {min(unknown)}, which cannot be merged")
+    specs = {
+        tensor: TensorSpec(shape=shape, dtype=SAFETENSORS_DTYPES[dtype])
+        for tensor, (dtype, shape) in described.tensors.items()
+    }
+    return Header(model, specs), described.nbytes
+
+
+def _unread(sources: Sources) -> list[str]:
+    from tvmerge.models.transformers import unread_tensors  # a second and a half
+
+    return sorted({name for model in sources.whole_models() for name in unread_tensors(model)})
+
+
+def _model_rows(opened: Sequence[tuple[str, Header, int]]) -> list[tuple[str, ...]]:
+    rows = [("model", "architecture", "tensors", "parameters", "size", "dtype", "vocabulary", "to download")]
+    for name, header, missing in opened:
+        specs = [header.spec(tensor) for tensor in header.names]
+        sizes: dict[str, int] = {}
+        for spec in specs:
+            dtype = str(spec.dtype).removeprefix("torch.")
+            sizes[dtype] = sizes.get(dtype, 0) + spec.nbytes
+        rows.append(
+            (
+                name,
+                _architecture(header),
+                str(len(specs)),
+                f"{sum(torch.Size(spec.shape).numel() for spec in specs) / 1e9:.3f} B",
+                _size(sum(spec.nbytes for spec in specs)),
+                ", ".join(sorted(sizes, key=lambda dtype: -sizes[dtype])),
+                _vocabulary(header),
+                _size(missing) if missing else "no",
+            )
+        )
+    return rows
+
+
+def _architecture(header: Header) -> str:
+    if isinstance(header, Adapter):
+        return "LoRA adapter"
+    try:
+        known = header.config.get("architectures") or [header.config.get("model_type", "unknown")]
+    except CheckpointError:
+        return "unknown"
+    return str(known[0]) + (" (tied)" if header.config.get("tie_word_embeddings") else "")
+
+
+def _vocabulary(header: Header) -> str:
+    if isinstance(header, Adapter):
+        return "-"
+    try:
+        config = header.config
+    except CheckpointError:
+        return "unknown"
+    return str(config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size", "unknown")))
+
+
+def _needs(
+    config: PlanConfig, sources: Sources, merge: Merge, omit: Sequence[str], *, missing: int, output: Path
+) -> tuple[list[tuple[str, str]], list[str]]:
+    specs = {name: merge.spec(name) for name in merge.target.names}
+    live = sum(spec.nbytes for spec in specs.values())
+    largest = max(spec.nbytes for spec in specs.values())
+    changed = [name for name in specs if name in merge.weights_of]
+    read = sum(merge.target.spec(name).nbytes for name in changed)
+    for label, vector in merge.task_vectors.items():
+        entry = next(entry for entry in sources.tuned if entry.label == label)
+        names = set(vector.names) & set(changed)
+        read += sum(_stored(model, names) for model in (entry.tuned, entry.base) if model is not None)
+    written = sum(specs[name].nbytes for name in changed)
+    kept = read - sum(merge.target.spec(name).nbytes for name in changed)
+    in_memory = live + (kept // 2 if config.delta_storage == "memory" else largest)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = shutil.disk_usage(next(path for path in (output, *output.resolve().parents) if path.is_dir())).free
+    rows = [
+        ("weights to search", f"{len(merge.weight_names)} ({', '.join(_few(merge.weight_names))})"),
+        ("tensors that move", f"{len(changed)} of {len(specs)}"),
+        ("tensors left out", f"{len(omit)} (duplicates of tied tensors, or not read by the model)"),
+        ("largest tensor", _size(largest)),
+        ("memory: live model and differences", f"{_size(in_memory)} of {_size(memory)} here"),
+        ("disk: saved model", f"{_size(live)} of {_size(free)} free"),
+        ("disk: downloads", _size(missing) if missing else "none"),
+        ("bytes per trial", f"{_size(read)} read, {_size(written)} written"),
+    ]
+    problems = []
+    if live + missing > free:
+        problems.append(f"{_size(live + missing)} are needed on the disk of {output}, and {_size(free)} are free")
+    if in_memory > memory and not torch.cuda.is_available():
+        problems.append(f"{_size(in_memory)} of memory are needed, and this machine has {_size(memory)}")
+    return rows, problems
+
+
+def _stored(model: Header, names: set[str]) -> int:
+    wanted = names if not isinstance(model, Adapter) else set(model.names)
+    return sum(model.spec(name).nbytes for name in model.names if name in wanted)
+
+
+def _few(names: Sequence[str]) -> list[str]:
+    return list(names) if len(names) <= 4 else [*names[:3], "...", names[-1]]
+
+
+def _size(n: int) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if n >= unit:
+            return f"{n / unit:.1f} {name}"
+    return f"{n} B"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)

@@ -1,0 +1,152 @@
+"""Vocabularies: which tokens two models share, and models whose rows are laid out as another model's."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tvmerge.checkpoint import Header, read_json
+from tvmerge.errors import IncompatibleError
+from tvmerge.state_dict import StateDict, TensorSpec, deliver
+
+__all__ = ["VOCABULARIES", "Aligned", "Rows", "align_rows", "check_same_vocabulary"]
+
+#: What to do with models whose vocabularies differ.
+VOCABULARIES = ("same", "intersect")
+
+
+def check_same_vocabulary(reference: Header, other: Header, *, reference_name: str, other_name: str) -> None:
+    """Refuse two models whose tokenizers give different ids to tokens, where both ship a tokenizer.json.
+
+    Only the model's own vocabulary counts: a chat format may rename added tokens.
+
+    Raises:
+        IncompatibleError: with the number of tokens that differ.
+    """
+    ours, theirs = _vocabulary(reference.model.path), _vocabulary(other.model.path)
+    if ours is None or theirs is None:
+        return
+    moved = sorted(token for token, index in ours.items() if theirs.get(token, index) != index)
+    only_ours, only_theirs = len(ours.keys() - theirs.keys()), len(theirs.keys() - ours.keys())
+    if moved or only_ours or only_theirs:
+        raise IncompatibleError(
+            f"the vocabularies of {reference_name} and {other_name} differ: {only_ours} tokens only in the former, "
+            f"{only_theirs} only in the latter, {len(moved)} with another id: use models of one tokenizer, or "
+            "--vocabulary intersect to merge the rows of the tokens that they share"
+        )
+
+
+def _vocabulary(folder: Path, *, added: bool = False) -> dict[str, int] | None:
+    """Token → id, from tokenizer.json; with `added`, of added tokens too."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    vocabulary = content.get("model", {}).get("vocab")
+    if isinstance(vocabulary, list):  # a unigram model: [token, score] pairs, in the order of their ids
+        vocabulary = {str(entry[0]): index for index, entry in enumerate(vocabulary)}
+    if not isinstance(vocabulary, dict):
+        return None
+    tokens = content.get("added_tokens") or [] if added else []
+    return {**vocabulary, **{token["content"]: token["id"] for token in tokens}}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How rows of another model's vocabulary tensors are laid out as those of the target."""
+
+    source: tuple[int, ...]  # for each of the target's rows the other model's row, -1 for none
+    names: frozenset[str]  # the tensors that have one row for each token
+
+
+def align_rows(target: Header, models: Sequence[Header], *, whose: Sequence[str]) -> list[Rows | None]:
+    """Align the rows of a task vector's models with those of a target by token, for tokens that all of them have.
+
+    Args:
+        target: the model whose layout is kept.
+        models: the tuned model and its base.
+        whose: how to call them in an error.
+
+    Returns:
+        For each model its rows; None for all if every token has the same row in all of them.
+
+    Raises:
+        IncompatibleError: a model ships no tokenizer.json, or no tensor has one row for each token.
+    """
+    vocabularies = []
+    for model, name in zip((target, *models), ("the target model", *whose), strict=True):
+        vocabulary = _vocabulary(model.model.path, added=True)
+        if vocabulary is None:
+            raise IncompatibleError(f"{name}: ships no tokenizer.json to align its vocabulary by: save one with it")
+        vocabularies.append(vocabulary)
+    sizes = [_rows(model, name) for model, name in zip((target, *models), ("the target model", *whose), strict=True)]
+    if all(v == vocabularies[0] for v in vocabularies) and len(set(sizes)) == 1:
+        return [None for _ in models]
+    names = frozenset(name for name in target.names if _is_vocabulary(name, (target, *models), sizes))
+    if not names:
+        raise IncompatibleError("no tensor of the target model has one row for each token of its vocabulary")
+    rows = [[-1] * sizes[0] for _ in models]
+    for token, row in vocabularies[0].items():
+        theirs = [vocabulary.get(token, -1) for vocabulary in vocabularies[1:]]
+        if row < sizes[0] and all(0 <= other < size for other, size in zip(theirs, sizes[1:], strict=True)):
+            for column, other in zip(rows, theirs, strict=True):
+                column[row] = other
+    return [Rows(source=tuple(column), names=names) for column in rows]
+
+
+def _rows(model: Header, name: str) -> int:
+    """How many rows the vocabulary tensors of a model have, by its configuration."""
+    config = model.config
+    size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    if not isinstance(size, int):
+        raise IncompatibleError(f"{name}: its config.json has no vocab_size to align its vocabulary by")
+    return size
+
+
+def _is_vocabulary(name: str, models: Sequence[Header], sizes: Sequence[int]) -> bool:
+    """Whether a tensor outside of the layers has one row for each token in every model."""
+    if any(part.isdecimal() for part in name.split(".")):
+        return False
+    specs = [model.spec(name) if name in model.names else None for model in models]
+    return all(spec is not None and spec.shape[:1] == (size,) for spec, size in zip(specs, sizes, strict=True))
+
+
+class Aligned:
+    """A state dict whose vocabulary tensors are laid out as those of another model; rows that it lacks are zeros.
+
+    Args:
+        state_dict: a tuned model or its base.
+        rows: from `align_rows`, the same tokens for both.
+    """
+
+    def __init__(self, state_dict: StateDict, rows: Rows) -> None:
+        self._state_dict = state_dict
+        self._names = rows.names
+        self._source = torch.tensor(rows.source)
+        self._lacks = self._source < 0
+
+    @property
+    def names(self) -> Sequence[str]:
+        """As before."""
+        return self._state_dict.names
+
+    def spec(self, name: str) -> TensorSpec:
+        """As before, but for the number of rows."""
+        spec = self._state_dict.spec(name)
+        return TensorSpec((len(self._source), *spec.shape[1:]), spec.dtype) if name in self._names else spec
+
+    def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
+        """A vocabulary tensor is copied row by row, in the order of the other model."""
+        if name not in self._names:
+            return self._state_dict.read(name, out=out)
+        tensor = self._state_dict.read(name).index_select(0, self._source.clamp_min(0))
+        tensor[self._lacks] = 0
+        return deliver(tensor, out)
+
+    def version(self, name: str) -> Hashable:
+        """As before, laid out anew."""
+        return self, self._state_dict.version(name)
