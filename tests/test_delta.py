@@ -53,7 +53,9 @@ def test_every_mixture_of_dtypes_is_float64_rounded_once(
     assert ulps(result, reference) <= 0.51
 
 
-numbers = st.floats(-1e4, 1e4, width=16) | st.floats(-2**-10, 2**-10, width=32) | st.sampled_from([0.0, -0.0, 1.0, 1e-8])
+numbers = (
+    st.floats(-1e4, 1e4, width=16) | st.floats(-(2**-10), 2**-10, width=32) | st.sampled_from([0.0, -0.0, 1.0, 1e-8])
+)
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,0 +1,432 @@
+"""What a merge costs: time, memory and disk, each beside its limit or a peer's, taken in the same run.
+
+    python perf/merge.py                          # times and memory of a model of 252 M parameters
+    python perf/merge.py --mergekit PATH          # and mergekit-yaml on the same merge, from an environment of its own
+    python perf/merge.py --large                  # and a model of 3 B parameters, written with 2 GB of memory
+
+Models are random, of Mistral's shape, in bfloat16. A tuned model is its base plus noise of 2% of its spread, unless
+said otherwise: about one difference in a hundred has more digits than bfloat16, and is listed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import yaml
+
+from tvmerge.checkpoint import Checkpoint
+from tvmerge.granularity import Grouping
+from tvmerge.hub import resolve
+from tvmerge.merge import Merge
+from tvmerge.state_dict import StateDict, TensorSpec, deliver
+from tvmerge.task_vector import Difference, KeptTaskVector
+from tvmerge.writer import write_weights
+
+ROLES = ("target", "base", "tuned")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Mistral."""
+
+    hidden: int
+    inner: int
+    layers: int
+    vocabulary: int
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes."""
+        h, i, kv = self.hidden, self.inner, self.hidden // 4
+        layer = {
+            **{f"self_attn.{name}_proj": (rows, h) for name, rows in (("q", h), ("k", kv), ("v", kv), ("o", h))},
+            **{"mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i)},
+            **{"input_layernorm": (h,), "post_attention_layernorm": (h,)},
+        }
+        shapes = {f"model.layers.{n}.{name}.weight": shape for n in range(self.layers) for name, shape in layer.items()}
+        ends = {"model.embed_tokens.weight": (self.vocabulary, h), "lm_head.weight": (self.vocabulary, h)}
+        return {**shapes, **ends, "model.norm.weight": (h,)}
+
+    def config(self) -> dict[str, object]:
+        """config.json."""
+        return {
+            "architectures": ["MistralForCausalLM"],
+            "model_type": "mistral",
+            "hidden_size": self.hidden,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.hidden // 128,
+            "num_key_value_heads": self.hidden // 512,
+            "vocab_size": self.vocabulary,
+            "tie_word_embeddings": False,
+            "dtype": "bfloat16",
+        }
+
+
+MEDIUM = Shape(hidden=2048, inner=7168, layers=4, vocabulary=8192)
+LARGE = Shape(hidden=3072, inner=8192, layers=30, vocabulary=32000)
+
+
+class Noise:
+    """A random model as a lazy state dict: blocks of one array of noise, at another place for each tensor and role."""
+
+    def __init__(self, shape: Shape, role: str, spread: float) -> None:
+        self._shapes = shape.tensors()
+        generator = torch.Generator().manual_seed(0)
+        self._noise = {
+            part: torch.randn(1 << 22, generator=generator).mul_(0.02) for part in ("base", "target", "tuned")
+        }
+        self._parts = {
+            "base": {"base": 1.0},
+            "target": {"base": 1.0, "target": 0.1},
+            "tuned": {"base": 1.0, "tuned": spread},
+        }
+        self._role = role
+
+    @property
+    def names(self) -> list[str]:
+        """Sorted."""
+        return sorted(self._shapes)
+
+    def spec(self, name: str) -> TensorSpec:
+        """All bfloat16."""
+        return TensorSpec(self._shapes[name], torch.bfloat16)
+
+    def read(self, name: str, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The same values each time."""
+        spec = self.spec(name)
+        n, start = torch.Size(spec.shape).numel(), 7919 * len(name) % (1 << 20)
+        sample = sum(scale * self._noise[part] for part, scale in self._parts[self._role].items())
+        assert isinstance(sample, torch.Tensor)
+        sample = sample.roll(start).bfloat16()
+        return deliver(sample.repeat(-(-n // len(sample)))[:n].reshape(spec.shape), out)
+
+    def version(self, name: str) -> object:
+        """It does not change."""
+        return name
+
+
+def make_models(folder: Path, shape: Shape, *, spread: float = 0.02) -> None:
+    """Write three models, with a tokenizer of the right size that nothing else reads."""
+    for role in ROLES:
+        (folder / role).mkdir(parents=True)
+        write_weights(Noise(shape, role, spread), folder / role)
+        (folder / role / "config.json").write_text(json.dumps(shape.config()))
+    from tokenizers import Tokenizer, models
+
+    words = {f"<{i}>": i for i in range(shape.vocabulary)}
+    for role in ROLES:
+        Tokenizer(models.WordLevel(words, unk_token="<0>")).save(str(folder / role / "tokenizer.json"))
+        (folder / role / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
+def opened(folder: Path) -> dict[str, Checkpoint]:
+    """The three models."""
+    return {role: Checkpoint(resolve(str(folder / role))) for role in ROLES}
+
+
+def merge_of(folder: Path, *, keep: bool) -> Merge:
+    """The merge of three models, a weight per layer."""
+    models = opened(folder)
+    vector = Difference(tuned=models["tuned"], base=models["base"])
+    vectors = {"tuned": KeptTaskVector(vector) if keep else vector}
+    return Merge(target=models["target"], task_vectors=vectors, grouping=Grouping("layer"))
+
+
+class Weights:
+    """Other weights for every call."""
+
+    def __init__(self, merge: Merge) -> None:
+        self._merge, self._n = merge, 0
+
+    def __call__(self, *, only: str | None = None) -> StateDict:
+        self._n += 1
+        names = self._merge.weight_names
+        moved = {name: 0.3 + 0.001 * (i + (self._n if only in (None, name) else 0)) for i, name in enumerate(names)}
+        return self._merge.at(moved)
+
+
+def medians(work: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
+    """Milliseconds of each, taken in turns, after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for counted in [False] + [True] * rounds:
+        for name, do in work.items():
+            started = time.perf_counter()
+            do()
+            if counted:
+                times[name].append(1e3 * (time.perf_counter() - started))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def time_apply(folder: Path, *, rounds: int) -> dict[str, float]:
+    """Weights to live model."""
+    from tvmerge.models.transformers import TransformersModel
+
+    models = opened(folder)
+    live = TransformersModel.from_folder(folder / "target", checkpoint=models["target"], device="cpu")
+    n = sum(torch.Size(models["target"].spec(name).shape).numel() for name in models["target"].names)
+    a, b, c = (torch.full((n,), value, dtype=torch.bfloat16) for value in (1.0, 2.0, 0.0))
+    kept, mapped = (Weights(merge_of(folder, keep=keep)) for keep in (True, False))
+    deltas = {name: models["tuned"].read(name) - models["base"].read(name) for name in models["target"].names}
+    state = {name: models["target"].read(name) for name in models["target"].names}
+
+    def script() -> None:
+        live.model.load_state_dict(state)
+        with torch.no_grad():
+            for name, value in live.model.state_dict().items():
+                value.copy_(value + 0.37 * deltas[name])
+        live.forget()
+
+    work = {
+        "limit: one torch.add of three arrays of the model's size": lambda: torch.add(a, b, alpha=0.37, out=c),
+        "apply, --delta_storage memory": lambda: live.load(kept()),
+        "apply, --delta_storage mmap": lambda: live.load(mapped()),
+        "apply, memory, one of 7 groups moved": lambda: live.load(kept(only="layers.1")),
+        "load_state_dict, then v + w * delta in bfloat16": script,
+    }
+    return medians(work, rounds=rounds)
+
+
+def recipe(folder: Path) -> Path:
+    """A recipe for the three models."""
+    names = merge_of(folder, keep=False).weight_names
+    content = {
+        "target": {"model": str(folder / "target")},
+        "task_vectors": [
+            {"label": "tuned", "tuned": {"model": str(folder / "tuned")}, "base": {"model": str(folder / "base")}}
+        ],
+        "granularity": "layer",
+        "weights": {name: 0.3 + 0.01 * i for i, name in enumerate(names)},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def mergekit_config(folder: Path, shape: Shape) -> Path:
+    """The same merge as mergekit writes it: a weight for each layer, as gradients over the layers."""
+    weights = yaml.safe_load(recipe(folder).read_text())["weights"]
+    layers = [{"filter": f"layers.{i}.", "value": weights[f"layers.{i}"]} for i in range(shape.layers)]
+    rest = [{"filter": name, "value": weights[name]} for name in ("embed_tokens", "lm_head", "norm")]
+    content = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(folder / "base"),
+        "models": [
+            {"model": str(folder / "target"), "parameters": {"weight": 1.0}},
+            {"model": str(folder / "tuned"), "parameters": {"weight": [*layers, *rest, {"value": 0.5}]}},
+        ],
+        "parameters": {"normalize": False},
+        "dtype": "bfloat16",
+    }
+    path = folder / "mergekit.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def run(command: list[str]) -> float:
+    """Seconds of a whole process."""
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return time.perf_counter() - started
+
+
+def copy_bytes(folder: Path, out: Path) -> None:
+    """The limit of writing: read the sources once, write and flush as many bytes as the result has."""
+    block = bytearray(1 << 23)
+    for role in ROLES:
+        with open(folder / role / "model.safetensors", "rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
+    left = (folder / "target" / "model.safetensors").stat().st_size
+    with out.open("wb", buffering=0) as file:
+        while left > 0:
+            left -= file.write(memoryview(block)[: min(left, len(block))])
+        os.fsync(file.fileno())
+    out.unlink()
+
+
+def time_write(folder: Path, shape: Shape, *, rounds: int, mergekit: Path | None) -> dict[str, float]:
+    """Recipe to saved checkpoint."""
+    ours, theirs = recipe(folder), mergekit_config(folder, shape)
+    out = folder / "out"
+
+    def whole(command: list[str]) -> Callable[[], object]:
+        def work() -> None:
+            shutil.rmtree(out, ignore_errors=True)
+            run([*command, str(out)])
+
+        return work
+
+    work: dict[str, Callable[[], object]] = {
+        "limit: read the sources, write and flush the result": lambda: copy_bytes(folder, folder / "copy"),
+        "python -c 'import torch'": lambda: run([sys.executable, "-c", "import torch"]),
+        "tvmerge apply, whole process": whole([sys.executable, "-m", "tvmerge", "apply", str(ours), "--output_dir"]),
+    }
+    if mergekit:
+        work["mergekit-yaml, whole process"] = whole([str(mergekit), str(theirs)])
+    return medians(work, rounds=rounds)
+
+
+@contextmanager
+def anonymous() -> Iterator[list[int]]:
+    """Watch this process's anonymous memory: the list's only element is its growth at the highest, in bytes."""
+
+    def now() -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+        raise SystemExit("/proc/self/status has no RssAnon: this needs Linux")
+
+    before, peak, stop = now(), [0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.002):
+            peak[0] = max(peak[0], now() - before)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+        peak[0] = max(peak[0], now() - before)
+
+
+def measure_memory(what: str, folder: Path) -> int:
+    """Growth of anonymous memory while something is done, in this process."""
+    from tvmerge.models.transformers import TransformersModel
+
+    if what == "write":
+        from tvmerge.recipe import apply_recipe
+
+        with anonymous() as peak:
+            apply_recipe(folder / "recipe.yaml", output=folder / "memory-out")
+        shutil.rmtree(folder / "memory-out")
+        return peak[0]
+    target = opened(folder)["target"]
+    live = TransformersModel.from_folder(folder / "target", checkpoint=target, device="cpu")
+    live.load(target)  # so that every page of the live model is there before we look
+    weights = Weights(merge_of(folder, keep=what == "memory"))
+    with anonymous() as peak:
+        for _ in range(3):
+            live.load(weights())
+    return peak[0]
+
+
+def in_new_process(what: str, folder: Path) -> int:
+    """`measure_memory` where nothing was allocated before."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--measure", what, "--folder", str(folder)], capture_output=True, text=True
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return int(done.stdout.split()[-1])
+
+
+def write_large(folder: Path) -> tuple[float, int, int]:
+    """Write a model of 3 B parameters under a hard limit of 2 GB of private writable memory.
+
+    Returns:
+        Seconds, the limit in bytes, the size of the result in bytes.
+    """
+    make_models(folder, LARGE)
+    path, limit = recipe(folder), 2_000_000_000
+    started = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "tvmerge", "apply", str(path), "--output_dir", str(folder / "out")],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+        check=True,
+    )
+    size = sum(file.stat().st_size for file in (folder / "out").glob("*.safetensors"))
+    return time.perf_counter() - started, limit, size
+
+
+def row(*cells: object) -> None:
+    """Print a row of a Markdown table."""
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def report_apply(folder: Path, *, rounds: int) -> None:
+    """Print the times of weights to live model."""
+    times = time_apply(folder, rounds=rounds)
+    (limit, limit_ms), *rest = times.items()
+    script = times["load_state_dict, then v + w * delta in bfloat16"]
+    row("weights to live model, medians", "ms", "of the limit", "script's time over it")
+    row("---", "---:", "---:", "---:")
+    row(limit, f"{limit_ms:.1f}", "1.00", f"{script / limit_ms:.1f}")
+    for name, ms in rest:
+        row(name, f"{ms:.1f}", f"{ms / limit_ms:.2f}", f"{script / ms:.1f}")
+
+
+def report_write(folder: Path, *, rounds: int, mergekit: Path | None) -> None:
+    """Print the times of recipe to saved checkpoint."""
+    times = time_write(folder, MEDIUM, rounds=rounds, mergekit=mergekit)
+    ours = times["tvmerge apply, whole process"]
+    row("recipe to saved checkpoint, medians", "s", "over tvmerge apply")
+    row("---", "---:", "---:")
+    for name, ms in times.items():
+        row(name, f"{ms / 1e3:.2f}", f"{ms / ours:.2f}")
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--mergekit", type=Path, help="path of mergekit-yaml")
+    parser.add_argument("--large", action="store_true", help="also write 3 B parameters; needs 25 GB of disk")
+    parser.add_argument("--spread", type=float, default=0.02, help="noise of the tuned model, over the base's spread")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(measure_memory(options.measure, options.folder))
+        return
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        print(
+            f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}\n"
+        )
+        make_models(folder, MEDIUM, spread=options.spread)
+        size = sum(opened(folder)["target"].spec(n).nbytes for n in MEDIUM.tensors())
+        print(
+            f"{size / 2e6:.0f} M parameters, {size / 1e6:.0f} MB, tuned = base + {options.spread:.1%} of its spread\n"
+        )
+        report_apply(folder, rounds=options.rounds)
+        print()
+        report_write(folder, rounds=max(options.rounds // 3, 3), mergekit=options.mergekit)
+        print()
+        row("anonymous memory, highest growth", "MB", "of the model")
+        row("---", "---:", "---:")
+        for what, text in (("memory", "apply, memory"), ("mmap", "apply, mmap"), ("write", "apply RECIPE")):
+            grown = in_new_process(what, folder)
+            row(text, f"{grown / 1e6:.0f}", f"{grown / size:.2f}")
+        shutil.rmtree(folder)
+        if options.large:
+            seconds, limit, written = write_large(folder / "large")
+            print(
+                f"\n{written / 2e9:.1f} B parameters written in {seconds:.0f} s under RLIMIT_DATA of {limit / 1e9:.0f} GB"
+            )
+
+
+if __name__ == "__main__":
+    main()
