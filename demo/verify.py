@@ -48,9 +48,7 @@ class HeldOut:
             name: split_questions(name=name, n_questions=len(task.eval_docs), holdout=0.3, limit=None, seed=0).heldout
             for name, task in tasks.items()
         }
-        self._model = TransformersModel.from_folder(
-            models / "target", checkpoint_names=self.sources.target.names, device="cpu"
-        )
+        self._model = TransformersModel.from_folder(models / "target", checkpoint=self.sources.target, device="cpu")
         self._harness = HarnessModel(self._model, batch_size=batch_size)
         self._evaluator = LmEvalEvaluator(tasks=tasks, questions=questions)
 

@@ -52,7 +52,7 @@ def jglue(config: JglueConfig) -> None:
         settings = {**asdict(config), "n_trials": max(config.n_trials, study.n_finished)}
         write_text(output / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         folder = sources.target.model.path
-        model = TransformersModel.from_folder(folder, checkpoint_names=merge.target.names, device=device)
+        model = TransformersModel.from_folder(folder, checkpoint=merge.target, device=device)
         JglueRun(config, output, sources, merge, omit, study, model, questions).run()
     finally:
         study.close()
