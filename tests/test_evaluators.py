@@ -26,8 +26,7 @@ METRIC = {"tiny_choice": "acc", "tiny_extract": "exact_match"}
 
 
 def live(folder: Path) -> TransformersModel:
-    names = Checkpoint(resolve(str(folder))).names
-    return TransformersModel.from_folder(folder, checkpoint_names=names, device="cpu")
+    return TransformersModel.from_folder(folder, checkpoint=Checkpoint(resolve(str(folder))), device="cpu")
 
 
 def lm_eval_scores(model: TransformersModel, questions: dict[str, list[int]]) -> list[QuestionScore]:

@@ -90,7 +90,7 @@ def test_the_saved_model_scores_what_the_study_says(finished: Path) -> None:
     lines = [json.loads(line) for line in (finished / "scores.jsonl").read_text().splitlines()]
     number = recipe["score"]["trial"]
     mine = [line for line in lines if line["trial"] == number and line["split"] == "search"]
-    names = Checkpoint(resolve(str(folder))).names
+    checkpoint = Checkpoint(resolve(str(folder)))
     evaluator = LmEvalEvaluator(
         tasks=load_tasks(["tiny_choice", "tiny_extract"], task_dir=TASKS),
         questions={
@@ -98,7 +98,7 @@ def test_the_saved_model_scores_what_the_study_says(finished: Path) -> None:
             for task in ("tiny_choice", "tiny_extract")
         },
     )
-    live = TransformersModel.from_folder(folder, checkpoint_names=names, device="cpu")
+    live = TransformersModel.from_folder(folder, checkpoint=checkpoint, device="cpu")
     model = HarnessModel(live, batch_size=16)
     scores = evaluator.score(model, lambda _: None)
     assert [score.score for score in scores] == [line["score"] for line in mine]

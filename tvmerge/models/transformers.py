@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from tvmerge.checkpoint import Checkpoint
-from tvmerge.errors import CheckpointError, IncompatibleError
+from tvmerge.errors import CheckpointError
+from tvmerge.models.conversion import find_live_tensors
 from tvmerge.state_dict import StateDict
 
 __all__ = ["TransformersModel", "load_tokenizer", "unread_tensors"]
@@ -33,16 +33,12 @@ def unread_tensors(checkpoint: Checkpoint) -> list[str]:
     folder = checkpoint.model.path
     with _explained(folder), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    live = _live_tensors(model, checkpoint.names)
-    for name, tensor in live.items():
-        shape = checkpoint.spec(name).shape
-        if tuple(tensor.shape) != shape:
-            raise CheckpointError(
-                f"{folder}: {name} has the shape {list(shape)}, where config.json asks for {list(tensor.shape)}: "
-                "use the configuration of these weights"
-            )
-    return [name for name in checkpoint.names if name not in live]
+        model: PreTrainedModel = _auto_class(config).from_config(config, trust_remote_code=False)
+    try:
+        read = set(find_live_tensors(model, checkpoint).names)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    return [name for name in checkpoint.names if name not in read]
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -57,43 +53,45 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 class TransformersModel:
-    """A causal language model and its tokenizer, whose weights are replaced in place.
+    """A model and its tokenizer, whose weights are replaced in place.
 
     Args:
         model: in evaluation mode, on its device.
         tokenizer: the tokenizer of the same folder.
-        checkpoint_names: how the checkpoint spells the tensors.
+        checkpoint: how the tensors are spelled, and their shapes; its values are not read.
 
     Raises:
+        CheckpointError: a tensor of the checkpoint has another shape than the model's configuration asks for.
         IncompatibleError: a parameter of the model is in no tensor of the checkpoint.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpoint_names: Sequence[str]
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpoint: StateDict) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self._live = _live_tensors(model, checkpoint_names)
+        self._live = find_live_tensors(model, checkpoint)
 
     @classmethod
-    def from_folder(cls, folder: Path, *, checkpoint_names: Sequence[str], device: str) -> TransformersModel:
-        """Load a model folder, in the dtype that loading it anywhere else would give.
+    def from_folder(cls, folder: Path, *, checkpoint: StateDict, device: str, dtype: str = "auto") -> TransformersModel:
+        """Load a model folder.
 
         Args:
             folder: configuration, tokenizer and safetensors weights.
-            checkpoint_names: names of the tensors in its files.
+            checkpoint: names and specs of the tensors in its files.
             device: as torch spells it.
+            dtype: as torch spells it; `auto` is the dtype that loading the folder anywhere else would give.
 
         Raises:
             CheckpointError: transformers cannot load it, or it does not fit on the device.
+            IncompatibleError: a parameter of the model is in no tensor of the checkpoint.
         """
         tokenizer = load_tokenizer(folder)
         with _explained(folder):
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", use_safetensors=True, local_files_only=True, trust_remote_code=False
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model = _auto_class(config).from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
             )
             model.to(torch.device(device)).eval()
-        return cls(model, tokenizer, checkpoint_names)
+        return cls(model, tokenizer, checkpoint)
 
     def load(self, state_dict: StateDict) -> None:
         """Fill the model in place; a tied tensor is written once.
@@ -101,9 +99,35 @@ class TransformersModel:
         Args:
             state_dict: all tensors of the model, spelled as in its checkpoint.
         """
-        with torch.no_grad():
-            for name in state_dict.names:
-                state_dict.read(name, out=self._live[name])
+        self._live.fill(state_dict)
+
+
+#: What transformers may know a model as, from what writes text to what only computes: the first that fits is taken.
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModel",
+)
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """The auto class that builds the model of a configuration.
+
+    Some configurations are those of a whole model and of its decoder alone, as of Llama 4. Then it is the class that
+    wrote the checkpoint that counts: the decoder alone would lose all other tensors.
+    """
+    # Releases of transformers differ in which of them they have.
+    classes = [getattr(transformers, name) for name in _AUTO_CLASSES if hasattr(transformers, name)]
+    fitting = [each for each in classes if type(config) in each._model_mapping]
+    for each in fitting:
+        built = each._model_mapping[type(config)]
+        names = [model.__name__ for model in (built if isinstance(built, (list, tuple)) else [built])]
+        if each is not transformers.AutoModel and set(names) & set(config.architectures or []):
+            return each
+    return fitting[0] if fitting else classes[0]  # which says what it knows
 
 
 @contextmanager
@@ -118,26 +142,3 @@ def _explained(folder: Path) -> Iterator[None]:
 def _be_quiet() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-
-
-def _live_tensors(model: PreTrainedModel, checkpoint_names: Sequence[str]) -> Mapping[str, Tensor]:
-    """Checkpoint name → the model's tensor, each tensor once. transformers itself says which name becomes which."""
-    # Parameters under their first name: of tied tensors that is the embedding, never the head.
-    owned = dict(model.named_parameters())
-    known = model.state_dict()
-    live = {**owned, **{name: buffer for name, buffer in model.named_buffers() if name in known}}
-    transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    found = {}
-    for name in checkpoint_names:
-        renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
-        if converter is None and renamed in live:
-            found[name] = live.pop(renamed)
-    unfilled = sorted(owned.keys() & live.keys())
-    if unfilled:
-        raise IncompatibleError(
-            f"{len(unfilled)} of {len(owned)} parameters of {type(model).__name__} are no single tensor of its "
-            f"checkpoint, the first is {unfilled[0]}: such an architecture is not supported yet"
-        )
-    return found
