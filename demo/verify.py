@@ -97,7 +97,7 @@ def main() -> None:
     opponent = by_weight[best_weight]
     print("| model | " + " | ".join(TASKS) + " | mean | over the best uniform |\n|---|" + "---:|" * (len(TASKS) + 2))
     print(row("target", by_weight[0.0], opponent))
-    print(row("tuned", heldout.score(heldout.sources.tuned), opponent))
+    print(row("tuned", heldout.score(heldout.sources.tuned[0].tuned), opponent))
     print(row(f"best uniform ({best_weight:g})", opponent, opponent))
     for seed in range(options.seeds):
         weights = search(

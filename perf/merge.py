@@ -157,6 +157,7 @@ class Weights:
         self._merge, self._n = merge, 0
 
     def __call__(self, *, only: str | None = None) -> StateDict:
+        """The merge at new weights, or at weights of which one is new."""
         self._n += 1
         names = self._merge.weight_names
         moved = {name: 0.3 + 0.001 * (i + (self._n if only in (None, name) else 0)) for i, name in enumerate(names)}
@@ -361,6 +362,15 @@ def write_large(folder: Path) -> tuple[float, int, int]:
     return time.perf_counter() - started, limit, size
 
 
+def processor() -> str:
+    """What /proc/cpuinfo calls the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def row(*cells: object) -> None:
     """Print a row of a Markdown table."""
     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
@@ -403,9 +413,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        print(
-            f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}\n"
-        )
+        versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+        print(f"{processor()}, {os.cpu_count()} cores, {versions}\n")
         make_models(folder, MEDIUM, spread=options.spread)
         size = sum(opened(folder)["target"].spec(n).nbytes for n in MEDIUM.tensors())
         print(
@@ -423,9 +432,8 @@ def main() -> None:
         shutil.rmtree(folder)
         if options.large:
             seconds, limit, written = write_large(folder / "large")
-            print(
-                f"\n{written / 2e9:.1f} B parameters written in {seconds:.0f} s under RLIMIT_DATA of {limit / 1e9:.0f} GB"
-            )
+            under = f"under RLIMIT_DATA of {limit / 1e9:.0f} GB"
+            print(f"\n{written / 2e9:.2f} B parameters written in {seconds:.0f} s {under}")
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from tvmerge.checkpoint import Checkpoint, ModelId
+from tvmerge.checkpoint import Checkpoint
+from tvmerge.hub import ModelId
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 40,

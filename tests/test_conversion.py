@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +23,9 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
-from tvmerge.checkpoint import Checkpoint, ModelId
+from tvmerge.checkpoint import Checkpoint
 from tvmerge.errors import CheckpointError
+from tvmerge.hub import ModelId
 from tvmerge.models import conversion
 from tvmerge.models.conversion import LiveTensors, find_live_tensors
 from tvmerge.models.transformers import TransformersModel, unread_tensors
@@ -50,6 +51,9 @@ class InMemory:
     def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
         self.had_read.append(name)
         return self.tensors[name] if out is None else out.copy_(self.tensors[name])
+
+    def version(self, name: str) -> Hashable:
+        return self, name, self.tensors[name]._version
 
 
 def reopen(folder: Path) -> Checkpoint:

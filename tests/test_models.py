@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,17 @@ from architectures import ARCHITECTURES, CONVERTED, load, save
 
 from tvmerge.checkpoint import Checkpoint
 from tvmerge.errors import CheckpointError, IncompatibleError
+from tvmerge.granularity import Grouping
 from tvmerge.hub import ModelId
 from tvmerge.models.transformers import TransformersModel, unread_tensors
-from tvmerge.recipe import Recipe, Sources, write_model
+from tvmerge.recipe import Recipe, write_model
+from tvmerge.sources import MergeSettings, Sources, TunedModel
 
 IDS = torch.tensor([[1, 5, 9, 13, 4, 8]])
+
+
+def sources_of(models: Mapping[str, Checkpoint]) -> Sources:
+    return Sources(target=models["target"], tuned=[TunedModel("tuned", models["tuned"], models["base"])])
 
 
 def assert_same_model(live: TransformersModel, name: str, folder: Path) -> None:
@@ -30,15 +37,16 @@ def assert_same_model(live: TransformersModel, name: str, folder: Path) -> None:
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *CONVERTED])
 def test_live_merge_equals_the_written_merge_loaded_anew(name: str, tmp_path: Path) -> None:
     models = {role: save(name, tmp_path / role, seed=seed) for seed, role in enumerate(("target", "base", "tuned"))}
-    sources = Sources(**models)
+    sources = sources_of(models)
     omit = unread_tensors(sources.target)
-    merge = sources.merge(granularity="layer", method="task_arithmetic", omit=omit)
+    merge = sources.merge(MergeSettings(omit=omit))
     weights = {weight: 0.3 + 0.2 * i for i, weight in enumerate(merge.weight_names)}
     live = TransformersModel.from_folder(tmp_path / "target", checkpoint=merge.target, device="cpu")
     assert_same_model(live, name, tmp_path / "target")
     before = {key: tensor.clone() for key, tensor in live.model.state_dict().items()}
     source: dict[str, str | None] = {"model": "m", "revision": None}
-    recipe = Recipe(target=source, base=source, tuned=source, granularity="layer", weights=weights, omit=omit)
+    entry = {"label": "tuned", "tuned": source, "base": source}
+    recipe = Recipe(target=source, task_vectors=[entry], granularity="layer", weights=weights, omit=omit)
     (tmp_path / "best").mkdir()
     write_model(recipe, sources, tmp_path / "best")
     live.load(merge.at(weights))
@@ -62,7 +70,7 @@ def test_a_tied_head_that_is_stored_twice_moves_once(tmp_path: Path) -> None:
     }
     omit = unread_tensors(models["target"])
     assert omit == ["lm_head.weight"]
-    merge = Sources(**models).merge(granularity="all", method="task_arithmetic", omit=omit)
+    merge = sources_of(models).merge(MergeSettings(grouping=Grouping("all"), omit=omit))
     live = TransformersModel.from_folder(tmp_path / "target", checkpoint=merge.target, device="cpu")
     live.load(merge.at(dict.fromkeys(merge.weight_names, 1.0)))
     embedding = live.model.get_input_embeddings().weight

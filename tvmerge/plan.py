@@ -92,7 +92,9 @@ def _unread(sources: Sources) -> list[str]:
 
 
 def _model_rows(opened: Sequence[tuple[str, Header, int]]) -> list[tuple[str, ...]]:
-    rows = [("model", "architecture", "tensors", "parameters", "size", "dtype", "vocabulary", "to download")]
+    rows: list[tuple[str, ...]] = [
+        ("model", "architecture", "tensors", "parameters", "size", "dtype", "vocabulary", "to download")
+    ]
     for name, header, missing in opened:
         specs = [header.spec(tensor) for tensor in header.names]
         sizes: dict[str, int] = {}

@@ -78,8 +78,8 @@ class Recipe:
         self._check_sources(path)
         if not isinstance(self.granularity, str) or not isinstance(self.weight_groups, dict):
             raise RecipeError(f"{path}: granularity must be text, and weight_groups map names to regular expressions")
-        for key, value in (("omit", self.omit), ("freeze", self.freeze)):
-            if not isinstance(value, (list, tuple)) or not all(isinstance(text, str) for text in value):
+        for key, texts in (("omit", self.omit), ("freeze", self.freeze)):
+            if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
                 raise RecipeError(f"{path}: {key} must be a list of text")
         if not all(isinstance(text, str) for pair in self.weight_groups.items() for text in pair):
             raise RecipeError(f"{path}: weight_groups must hold text only")

@@ -175,7 +175,8 @@ def open_sources(
             opened[name] = (open_model or (lambda n: open_checkpoint(n, cache_dir=cache_dir)))(name)
         return opened[name]
 
-    entries, labels = [], unique_labels([split_name(name)[0] for name in tuned])
+    entries: list[TunedModel] = []
+    labels = unique_labels([split_name(name)[0] for name in tuned])
     sources = Sources(target=once(target), tuned=entries)
     check_whole(sources.target, role="target")
     for name, label in zip(tuned, labels, strict=True):

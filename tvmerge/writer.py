@@ -88,9 +88,9 @@ def _write_file(state_dict: StateDict, names: Sequence[str], path: Path, scratch
             tensor = state_dict.read(name, out=scratch[: spec.nbytes].view(spec.dtype).view(spec.shape))
             if spec.dtype in MERGEABLE_DTYPES and not all_finite(tensor):
                 raise NotFiniteError(name)
-            left = memoryview(scratch[: spec.nbytes].numpy())
-            while left:  # one call writes at most 2 GiB
-                left = left[file.write(left) :]
+            written, flat = 0, scratch.numpy()
+            while written < spec.nbytes:  # one call writes at most 2 GiB
+                written += file.write(flat[written : spec.nbytes].data)
 
 
 def model_files(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ place. The regions are not assumed but found, from what the converter makes of m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -99,16 +99,27 @@ class LiveTensors:
         """All checkpoint tensors that the model reads, sorted."""
         return sorted([*self.views, *(name for assembly in self.assemblies for name in assembly.names)])
 
-    def fill(self, state_dict: StateDict) -> None:
+    def fill(self, state_dict: StateDict, loaded: MutableMapping[str, Hashable] | None = None) -> None:
         """Fill the model in place.
 
         Args:
             state_dict: holds `names`.
+            loaded: checkpoint name → version of what the model holds of it, which is left; kept up to date.
         """
+        loaded = {} if loaded is None else loaded
         for name, view in self.views.items():
-            state_dict.read(name, out=view)
+            version = state_dict.version(name)
+            if loaded.get(name) != version:
+                loaded.pop(name, None)  # half of it, if reading fails
+                state_dict.read(name, out=view)
+                loaded[name] = version
         for assembly in self.assemblies:
-            assembly.fill(state_dict)
+            versions = {name: state_dict.version(name) for name in assembly.names}
+            if any(loaded.get(name) != version for name, version in versions.items()):
+                for name in versions:
+                    loaded.pop(name, None)
+                assembly.fill(state_dict)
+                loaded.update(versions)
 
 
 def find_live_tensors(model: PreTrainedModel, checkpoint: StateDict) -> LiveTensors:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from tvmerge.checkpoint import Checkpoint
+from tvmerge.checkpoint import Header
 from tvmerge.errors import CheckpointError
 from tvmerge.models.conversion import find_live_tensors
 from tvmerge.state_dict import StateDict
@@ -20,7 +20,7 @@ from tvmerge.state_dict import StateDict
 __all__ = ["TransformersModel", "load_tokenizer", "unread_tensors"]
 
 
-def unread_tensors(checkpoint: Checkpoint) -> list[str]:
+def unread_tensors(checkpoint: Header) -> list[str]:
     """Checkpoint tensors that the model does not hold as its own: duplicates of a tied tensor, stale buffers.
 
     Builds the model without memory for its weights and reads no weight.
@@ -69,6 +69,7 @@ class TransformersModel:
         self.model = model
         self.tokenizer = tokenizer
         self._live = find_live_tensors(model, checkpoint)
+        self._loaded: dict[str, Hashable] = {}
 
     @classmethod
     def from_folder(cls, folder: Path, *, checkpoint: StateDict, device: str, dtype: str = "auto") -> TransformersModel:
@@ -94,12 +95,17 @@ class TransformersModel:
         return cls(model, tokenizer, checkpoint)
 
     def load(self, state_dict: StateDict) -> None:
-        """Fill the model in place; a tied tensor is written once.
+        """Fill the model in place; a tied tensor is written once, and one that is there already not at all.
 
         Args:
             state_dict: all tensors of the model, spelled as in its checkpoint.
         """
-        self._live.fill(state_dict)
+        with torch.no_grad():
+            self._live.fill(state_dict, self._loaded)
+
+    def forget(self) -> None:
+        """Fill everything at the next `load`: somebody else has written into the model."""
+        self._loaded.clear()
 
 
 #: What transformers may know a model as, from what writes text to what only computes: the first that fits is taken.
