@@ -11,6 +11,7 @@ said otherwise: about one difference in a hundred has more digits than bfloat16,
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -164,11 +165,14 @@ class Weights:
         return self._merge.at(moved)
 
 
-def medians(work: Mapping[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
-    """Milliseconds of each, taken in turns, after one round that is not counted."""
+def medians(
+    work: Mapping[str, Callable[[], object]], *, rounds: int, before: Callable[[], object] = lambda: None
+) -> dict[str, float]:
+    """Milliseconds of each, taken in turns, after one round that is not counted; `before` is not counted either."""
     times: dict[str, list[float]] = {name: [] for name in work}
     for counted in [False] + [True] * rounds:
         for name, do in work.items():
+            before()
             started = time.perf_counter()
             do()
             if counted:
@@ -199,10 +203,13 @@ def time_apply(folder: Path, *, rounds: int) -> dict[str, float]:
         "limit: one torch.add of three arrays of the model's size": lambda: torch.add(a, b, alpha=0.37, out=c),
         "apply, --delta_storage memory": lambda: live.load(kept()),
         "apply, --delta_storage mmap": lambda: live.load(mapped()),
-        "apply, memory, one of 7 groups moved": lambda: live.load(kept(only="layers.1")),
         "load_state_dict, then v + w * delta in bfloat16": script,
     }
-    return medians(work, rounds=rounds)
+    times = medians(work, rounds=rounds)
+    live.load(kept())
+    one = medians({"": lambda: live.load(kept(only="layers.1"))}, rounds=rounds)[""]
+    times["apply, --delta_storage memory, one layer of four moved"] = one
+    return times
 
 
 def recipe(folder: Path) -> Path:
@@ -268,12 +275,11 @@ def copy_bytes(folder: Path, out: Path) -> None:
 def time_write(folder: Path, shape: Shape, *, rounds: int, mergekit: Path | None) -> dict[str, float]:
     """Recipe to saved checkpoint."""
     ours, theirs = recipe(folder), mergekit_config(folder, shape)
-    out = folder / "out"
+    outs = (folder / f"out{n}" for n in itertools.count())
 
     def whole(command: list[str]) -> Callable[[], object]:
         def work() -> None:
-            shutil.rmtree(out, ignore_errors=True)
-            run([*command, str(out)])
+            run([*command, str(next(outs))])
 
         return work
 
@@ -284,7 +290,14 @@ def time_write(folder: Path, shape: Shape, *, rounds: int, mergekit: Path | None
     }
     if mergekit:
         work["mergekit-yaml, whole process"] = whole([str(mergekit), str(theirs)])
-    return medians(work, rounds=rounds)
+
+    def tidy() -> None:
+        for done in folder.glob("out*"):
+            shutil.rmtree(done)
+        os.sync()
+        time.sleep(1)  # until the disk has really forgotten them
+
+    return medians(work, rounds=rounds, before=tidy)
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,10 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tvmerge import delta as delta_module
-from tvmerge.delta import Delta, add_deltas, all_finite, keep_exactly
+from tvmerge.delta import Delta, add_deltas, all_finite, keep_exactly, together
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 FLOATS = DTYPES[:3]
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True, scope="module")
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = delta_module.PAYS_OFF
+    delta_module.PAYS_OFF = -1 if request.param == "compiled" else 1 << 60
+    yield request.param
+    delta_module.PAYS_OFF = before
 
 
 def exact(target: Tensor, deltas: list[Delta], weights: list[float]) -> Tensor:
@@ -97,9 +107,6 @@ def test_ways_of_keeping_and_adding_give_the_same_bits(dtype: torch.dtype) -> No
         for first in (difference, kept):
             deltas = [[first, other][i] for i in terms]
             assert torch.equal(add_deltas(t, deltas, weights, out=torch.empty_like(t)), expected)
-            by_torch = torch.empty_like(t)
-            delta_module._add_by_torch(t, deltas, weights, by_torch)
-            assert torch.equal(by_torch, expected)
 
 
 def test_what_would_be_listed_too_often_is_not_kept() -> None:
@@ -151,3 +158,29 @@ def test_nan_and_infinity_are_found_and_stay(dtype: torch.dtype, bad: float) -> 
         assert torch.equal(result[place].isnan(), torch.tensor(bad != bad))
         assert torch.equal(result[place].isinf(), torch.tensor(bad == bad))
         values[place] = 1.0
+
+
+def test_sums_together_are_complete_at_the_end_and_not_later_than_an_error() -> None:
+    n = 400_003
+    t, a, b = (draw(n, torch.bfloat16, seed) for seed in range(3))
+    expected = exact(t, [Delta(a, b)], [0.5]).bfloat16()
+    outs = [torch.empty_like(t) for _ in range(20)]
+    with together():
+        for out in outs:
+            add_deltas(t, [Delta(a, b)], [0.5], out=out)
+    assert all(torch.equal(out, expected) for out in outs)
+    with together():
+        wide = add_deltas(t, [Delta(a, b)], [0.5], out=torch.empty(2 * n, dtype=torch.bfloat16)[::2])
+        assert torch.equal(wide, expected), "a copy of an unfinished sum"
+
+    def fail() -> None:
+        with together():
+            for out in outs:
+                add_deltas(t, [Delta(a, b)], [0.5], out=out.zero_())
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError):
+        fail()
+    after = [out.clone() for out in outs]
+    time.sleep(0.05)
+    assert all(torch.equal(out, kept) for out, kept in zip(outs, after, strict=True))

@@ -1,7 +1,5 @@
 """`python -m tvmerge`."""
 
-import sys
+from tvmerge.cli import entry
 
-from tvmerge.cli import main
-
-sys.exit(main())
+entry()

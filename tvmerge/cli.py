@@ -6,6 +6,7 @@ Exit status: 0 done, 1 the run failed, 2 what was given cannot work, 130 interru
 from __future__ import annotations
 
 import argparse
+import gc
 import io
 import json
 import os
@@ -38,8 +39,11 @@ def _run_plan(config: PlanConfig) -> None:
 
 
 def _run_apply(config: ApplyConfig) -> None:
+    gc.disable()  # nothing of what is imported can be collected, and looking takes a while
     from tvmerge.files import local_path
     from tvmerge.recipe import apply_recipe
+
+    gc.enable()
 
     output = local_path(config.output_dir, flag="--output_dir")
     apply_recipe(local_path(config.recipe, flag="recipe"), output=output, cache_dir=config.cache_dir)
@@ -146,5 +150,14 @@ def _complain(command: str, error: Exception, *, status: int, hint: str = "") ->
 
 
 def entry() -> None:
-    """The console script."""
-    sys.exit(main())
+    """The console script and `python -m tvmerge`: run a command and leave at once.
+
+    Everything is written and closed by now, and torch takes 0.3 seconds to take itself down.
+    """
+    status = main()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            status = status or 1
+    os._exit(status)

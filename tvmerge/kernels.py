@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-__all__ = ["add", "has_exponent", "keep", "narrow", "subtract", "sum16", "sum16_kept", "widen"]
+__all__ = ["add", "keep", "narrow", "subtract", "sum16", "sum16_kept", "widen"]
 
 #: Elements between two checks: their inputs and outputs stay in the first-level cache.
 BLOCK = 4096
@@ -88,6 +88,18 @@ def _from_float_for(value, like):
     return (lambda value, like: np.float32(value)) if like == types.float32 else (lambda value, like: np.float64(value))
 
 
+def _sum(target, difference, weight):
+    raise NotImplementedError("for compiled code only")
+
+
+@overload(_sum)
+def _sum_for(target, difference, weight):
+    """Sum target + weight·difference, rounded as in float64 if the difference has more digits than float32."""
+    if difference == types.float32:
+        return lambda target, difference, weight: _fused_multiply_add(weight, difference, target)
+    return lambda target, difference, weight: np.float64(target) + np.float64(weight) * difference
+
+
 @njit(**_OPTIONS)
 def sum16(target, minuend, subtrahend, weight, out):
     """Sum target + weight·(minuend − subtrahend), all of 16 bits.
@@ -114,17 +126,17 @@ def sum16(target, minuend, subtrahend, weight, out):
 @njit(**_OPTIONS)
 def sum16_kept(target, kept, weight, out, index, values, offset):
     """Sum target + weight·kept, all of 16 bits, where `index`, of the whole tensor, lists the elements that differ."""
-    w = np.float64(weight)
     at = np.searchsorted(index, offset)
     for start in range(0, target.size, BLOCK):
         stop = min(start + BLOCK, target.size)
         t, d, o = target[start:stop], kept[start:stop], out[start:stop]
         for i in range(stop - start):
             o[i] = _from_float(_fused_multiply_add(weight, _to_float(d[i]), _to_float(t[i])), o[i])
-        while at < index.size and index[at] - offset < stop:
-            i = index[at] - offset
-            out[i] = _from_float(np.float64(_to_float(target[i])) + w * values[at], out[i])
-            at += 1
+        end = at + np.searchsorted(index[at : at + BLOCK], offset + stop)
+        for k in range(at, end):
+            i = index[k] - offset
+            out[i] = _from_float(_sum(_to_float(target[i]), values[k], weight), out[i])
+        at = end
 
 
 @njit(**_OPTIONS)
@@ -170,12 +182,3 @@ def keep(difference, kept, index, values, offset):
             values[n] = difference[i]
             n += 1
     return n
-
-
-@njit(**_OPTIONS)
-def has_exponent(bits, exponent):
-    """Whether a number has this exponent field, all ones, which NaN and the infinities have."""
-    found = np.uint16(0)
-    for i in range(bits.size):
-        found |= np.uint16((bits[i] & exponent) == exponent)
-    return found != 0

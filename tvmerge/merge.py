@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tvmerge.delta import at_once
 from tvmerge.granularity import Grouping, group_tensors
 from tvmerge.methods import METHODS
 from tvmerge.state_dict import MERGEABLE_DTYPES, StateDict, TensorSpec, deliver
@@ -102,10 +103,14 @@ class MergedStateDict:
         if not terms:
             return deliver(target.to(spec.dtype), out)
         deltas = [self._merge.task_vectors[label].delta(name) for label, _ in terms]
-        fits = out is not None and out.dtype == spec.dtype
-        merged = out if out is not None and fits else torch.empty(spec.shape, dtype=spec.dtype)
-        METHODS[self._merge.method](target, deltas, [w for _, w in terms], merged)
-        return merged if fits else deliver(merged, out)
+        method, weights = METHODS[self._merge.method], [w for _, w in terms]
+        if out is not None and out.dtype == spec.dtype:
+            method(target, deltas, weights, out)
+            return out
+        merged = torch.empty(spec.shape, dtype=spec.dtype)
+        with at_once():
+            method(target, deltas, weights, merged)
+        return deliver(merged, out)
 
     def version(self, name: str) -> Hashable:
         """The merge, and the weights of this tensor."""

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from tvmerge.delta import together
 from tvmerge.errors import CheckpointError, IncompatibleError
 from tvmerge.state_dict import StateDict
 
@@ -107,12 +108,14 @@ class LiveTensors:
             loaded: checkpoint name → version of what the model holds of it, which is left; kept up to date.
         """
         loaded = {} if loaded is None else loaded
-        for name, view in self.views.items():
-            version = state_dict.version(name)
-            if loaded.get(name) != version:
-                loaded.pop(name, None)  # half of it, if reading fails
-                state_dict.read(name, out=view)
-                loaded[name] = version
+        versions = {name: state_dict.version(name) for name in self.views}
+        changed = {name: version for name, version in versions.items() if loaded.get(name) != version}
+        for name in changed:  # half of one, if reading fails
+            loaded.pop(name, None)
+        with together():
+            for name in sorted(changed, key=lambda name: -self.views[name].numel()):
+                state_dict.read(name, out=self.views[name])
+        loaded.update(changed)
         for assembly in self.assemblies:
             versions = {name: state_dict.version(name) for name in assembly.names}
             if any(loaded.get(name) != version for name, version in versions.items()):
