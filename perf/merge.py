@@ -30,6 +30,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import numpy as np
 import torch
 import yaml
 
@@ -37,7 +38,7 @@ from tvmerge.checkpoint import Checkpoint
 from tvmerge.granularity import Grouping
 from tvmerge.hub import resolve
 from tvmerge.merge import Merge
-from tvmerge.state_dict import StateDict, TensorSpec, deliver
+from tvmerge.state_dict import BFLOAT16, Array, StateDict, TensorSpec, WithTensors, deliver
 from tvmerge.task_vector import Difference, KeptTaskVector
 from tvmerge.writer import write_weights
 
@@ -85,15 +86,13 @@ MEDIUM = Shape(hidden=2048, inner=7168, layers=4, vocabulary=8192)
 LARGE = Shape(hidden=3072, inner=8192, layers=30, vocabulary=32000)
 
 
-class Noise:
+class Noise(WithTensors):
     """A random model as a lazy state dict: blocks of one array of noise, at another place for each tensor and role."""
 
     def __init__(self, shape: Shape, role: str, spread: float) -> None:
         self._shapes = shape.tensors()
-        generator = torch.Generator().manual_seed(0)
-        self._noise = {
-            part: torch.randn(1 << 22, generator=generator).mul_(0.02) for part in ("base", "target", "tuned")
-        }
+        generator = np.random.default_rng(0)
+        self._noise = {part: 0.02 * generator.standard_normal(1 << 22, np.float32) for part in ROLES}
         self._parts = {
             "base": {"base": 1.0},
             "target": {"base": 1.0, "target": 0.1},
@@ -108,16 +107,16 @@ class Noise:
 
     def spec(self, name: str) -> TensorSpec:
         """All bfloat16."""
-        return TensorSpec(self._shapes[name], torch.bfloat16)
+        return TensorSpec(self._shapes[name], BFLOAT16)
 
-    def read(self, name: str, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    def array(self, name: str, *, out: Array | None = None) -> Array:
         """The same values each time."""
-        spec = self.spec(name)
-        n, start = torch.Size(spec.shape).numel(), 7919 * len(name) % (1 << 20)
-        sample = sum(scale * self._noise[part] for part, scale in self._parts[self._role].items())
-        assert isinstance(sample, torch.Tensor)
-        sample = sample.roll(start).bfloat16()
-        return deliver(sample.repeat(-(-n // len(sample)))[:n].reshape(spec.shape), out)
+        spec, start = self.spec(name), 7919 * len(name) % (1 << 20)
+        sample = np.zeros(1 << 22, np.float32)
+        for part, scale in self._parts[self._role].items():
+            sample += np.float32(scale) * self._noise[part]
+        sample = np.roll(sample, start).astype(BFLOAT16)
+        return deliver(np.resize(sample, spec.shape), out)
 
     def version(self, name: str) -> object:
         """It does not change."""
@@ -186,7 +185,7 @@ def time_apply(folder: Path, *, rounds: int) -> dict[str, float]:
 
     models = opened(folder)
     live = TransformersModel.from_folder(folder / "target", checkpoint=models["target"], device="cpu")
-    n = sum(torch.Size(models["target"].spec(name).shape).numel() for name in models["target"].names)
+    n = sum(models["target"].spec(name).size for name in models["target"].names)
     a, b, c = (torch.full((n,), value, dtype=torch.bfloat16) for value in (1.0, 2.0, 0.0))
     kept, mapped = (Weights(merge_of(folder, keep=keep)) for keep in (True, False))
     deltas = {name: models["tuned"].read(name) - models["base"].read(name) for name in models["target"].names}

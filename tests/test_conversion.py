@@ -29,12 +29,12 @@ from tvmerge.hub import ModelId
 from tvmerge.models import conversion
 from tvmerge.models.conversion import LiveTensors, find_live_tensors
 from tvmerge.models.transformers import TransformersModel, unread_tensors
-from tvmerge.state_dict import TensorSpec
+from tvmerge.state_dict import Array, TensorSpec, WithTensors, as_array, deliver
 
 EXPERTS = {"mixtral": "block_sparse_moe.experts", "qwen3_moe": "mlp.experts"}
 
 
-class InMemory:
+class InMemory(WithTensors):
     """Tensors as a state dict that remembers what was read."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -46,11 +46,11 @@ class InMemory:
         return sorted(self.tensors)
 
     def spec(self, name: str) -> TensorSpec:
-        return TensorSpec(shape=tuple(self.tensors[name].shape), dtype=self.tensors[name].dtype)
+        return TensorSpec(shape=tuple(self.tensors[name].shape), dtype=as_array(self.tensors[name]).dtype)
 
-    def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
+    def array(self, name: str, *, out: Array | None = None) -> Array:
         self.had_read.append(name)
-        return self.tensors[name] if out is None else out.copy_(self.tensors[name])
+        return deliver(as_array(self.tensors[name]), out)
 
     def version(self, name: str) -> Hashable:
         return self, name, self.tensors[name]._version
@@ -122,9 +122,9 @@ def test_filling_what_is_all_views_reads_into_place(tmp_path: Path) -> None:
     live = find_live_tensors(load("mixtral", tmp_path), checkpoint)
 
     class Placed(InMemory):
-        def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
+        def array(self, name: str, *, out: Array | None = None) -> Array:
             assert out is not None
-            return super().read(name, out=out)
+            return super().array(name, out=out)
 
     live.fill(Placed({name: checkpoint.read(name) for name in checkpoint.names}))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,27 +12,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tvmerge import delta as delta_module
-from tvmerge.delta import Delta, add_deltas, all_finite, keep_exactly, together
+from tvmerge import delta as module
+from tvmerge.delta import Delta, together
+from tvmerge.state_dict import DTYPES as NUMPY
+from tvmerge.state_dict import as_array, as_tensor
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 FLOATS = DTYPES[:3]
 
 
-@pytest.fixture(params=["compiled", "torch"], autouse=True, scope="module")
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = delta_module.PAYS_OFF
-    delta_module.PAYS_OFF = -1 if request.param == "compiled" else 1 << 60
-    yield request.param
-    delta_module.PAYS_OFF = before
+def difference(minuend: Tensor, subtrahend: Tensor | None = None) -> Delta:
+    return Delta(as_array(minuend), None if subtrahend is None else as_array(subtrahend))
+
+
+def add_deltas(target: Tensor, deltas: list[Delta], weights: list[float], *, out: Tensor) -> Tensor:
+    module.add_deltas(as_array(target), deltas, weights, out=as_array(out))
+    return out
+
+
+def keep_exactly(delta: Delta, dtype: torch.dtype) -> Delta:
+    name = str(dtype).removeprefix("torch.")
+    return module.keep_exactly(delta, NUMPY.get(name, np.dtype(np.float64)))
+
+
+def all_finite(tensor: Tensor) -> bool:
+    return module.all_finite(as_array(tensor))
 
 
 def exact(target: Tensor, deltas: list[Delta], weights: list[float]) -> Tensor:
     """The reference: float64 over the stored values."""
     total = target.double()
     for term, weight in zip(deltas, weights, strict=True):
-        subtrahend = torch.zeros_like(term.minuend) if term.subtrahend is None else term.subtrahend
-        total = total + weight * (term.minuend.double() - subtrahend.double())
+        minuend = as_tensor(term.minuend).double()
+        total = total + weight * (minuend if term.subtrahend is None else minuend - as_tensor(term.subtrahend).double())
     return total
 
 
@@ -57,8 +68,8 @@ def test_every_mixture_of_dtypes_is_float64_rounded_once(
     n = 70_001
     t, a, b = draw(n, target, 0), draw(n, tuned, 1), draw(n, base, 2)
     weight = float(np.float32(0.7))
-    result = add_deltas(t, [Delta(a, b)], [weight], out=torch.empty(n, dtype=out))
-    reference = exact(t, [Delta(a, b)], [weight])
+    result = add_deltas(t, [difference(a, b)], [weight], out=torch.empty(n, dtype=out))
+    reference = exact(t, [difference(a, b)], [weight])
     assert torch.equal(result, reference.to(out))
     assert ulps(result, reference) <= 0.51
 
@@ -81,9 +92,9 @@ def test_no_element_is_further_than_one_ulp_from_float64(
     t, a, b = (torch.tensor(column, dtype=torch.float64).to(dtype) for column in zip(*rows, strict=True))
     if cancel:  # the worst case: the sum is a small part of its terms
         t = (-weight * (a.double() - b.double())).to(dtype)
-    reference = exact(t, [Delta(a, b)], [weight])
+    reference = exact(t, [difference(a, b)], [weight])
     reference = reference[keep := reference.abs() < torch.finfo(dtype).max]
-    for delta in (Delta(a, b), keep_exactly(Delta(a, b), dtype)):
+    for delta in (difference(a, b), keep_exactly(difference(a, b), dtype)):
         result = add_deltas(t, [delta], [weight], out=torch.empty_like(t))[keep]
         assert not len(result) or ulps(result, reference) <= 1
 
@@ -93,53 +104,56 @@ def test_ways_of_keeping_and_adding_give_the_same_bits(dtype: torch.dtype) -> No
     n = 300_007
     t, a = draw(n, dtype, 0), draw(n, dtype, 1)
     b = (a.double() + 0.02 * draw(n, torch.float64, 2)).to(dtype)
-    difference = Delta(a, b)
-    kept = keep_exactly(difference, dtype)
+    both = difference(a, b)
+    kept = keep_exactly(both, dtype)
     assert kept.subtrahend is None
-    assert torch.equal(kept.exact(), a.double() - b.double())
+    assert torch.equal(as_tensor(kept.exact()), a.double() - b.double())
     if dtype in (torch.bfloat16, torch.float16):
         assert kept.index is not None
         assert 0 < len(kept.index) < 0.02 * n, "near each other, models have differences of their own dtype"
     for terms, weights in (([0], [0.37]), ([0, 1], [0.37, -1.25])):
         weights = [float(np.float32(weight)) for weight in weights]
-        other = Delta(b, a)
-        expected = exact(t, [[difference, other][i] for i in terms], weights).to(dtype)
-        for first in (difference, kept):
+        other = difference(b, a)
+        expected = exact(t, [[both, other][i] for i in terms], weights).to(dtype)
+        for first in (both, kept):
             deltas = [[first, other][i] for i in terms]
             assert torch.equal(add_deltas(t, deltas, weights, out=torch.empty_like(t)), expected)
 
 
 def test_what_would_be_listed_too_often_is_not_kept() -> None:
-    delta = Delta(draw(5000, torch.bfloat16, 0), draw(5000, torch.bfloat16, 1))
+    delta = difference(draw(5000, torch.bfloat16, 0), draw(5000, torch.bfloat16, 1))
     assert keep_exactly(delta, torch.bfloat16) is delta
-    empty = Delta(torch.empty(0, 3), torch.empty(0, 3))
-    assert keep_exactly(empty, torch.float32).exact().shape == (0,)
+    empty = difference(torch.empty(0, 3), torch.empty(0, 3))
+    assert keep_exactly(empty, torch.float32).exact().shape == (0, 3)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_number_of_threads_changes_nothing(threads: int) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_the_number_of_threads_changes_nothing(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     n = 500_003
     t, a, b = (draw(n, torch.bfloat16, seed) for seed in range(3))
-    kept = keep_exactly(Delta(a, (a.double() + 0.02 * b.double()).bfloat16()), torch.bfloat16)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        for deltas in ([Delta(a, b)], [kept], [kept, Delta(a, b)]):
-            result = add_deltas(t, deltas, [0.5] * len(deltas), out=torch.empty_like(t))
-            reference = t.double() + 0.5 * sum((d.exact() for d in deltas), torch.zeros(n, dtype=torch.float64))
-            assert ulps(result, reference) <= 0.51
-    finally:
-        torch.set_num_threads(before)
+    near = difference(a, (a.double() + 0.02 * b.double()).bfloat16())
+    kept = keep_exactly(near, torch.bfloat16)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    monkeypatch.setattr(module, "_pool", None)
+    assert module.n_threads() == threads
+    for deltas, plain in (
+        ([difference(a, b)],) * 2,
+        ([kept], [near]),
+        ([kept, difference(a, b)], [near, difference(a, b)]),
+    ):
+        weights = [0.5, 0.25][: len(deltas)]
+        result = add_deltas(t, deltas, weights, out=torch.empty_like(t))
+        assert torch.equal(result, exact(t, plain, weights).bfloat16())
 
 
 def test_a_view_that_is_not_contiguous_is_filled_and_nothing_beside_it() -> None:
     t, a, b = (draw(24, torch.bfloat16, seed).reshape(4, 6) for seed in range(3))
     whole = torch.full((8, 6), 7.0, dtype=torch.bfloat16)
-    add_deltas(t, [Delta(a, b)], [1.0], out=whole[::2])
-    assert torch.equal(whole[::2], exact(t, [Delta(a, b)], [1.0]).bfloat16())
+    add_deltas(t, [difference(a, b)], [1.0], out=whole[::2])
+    assert torch.equal(whole[::2], exact(t, [difference(a, b)], [1.0]).bfloat16())
     assert bool((whole[1::2] == 7).all())
     transposed = torch.empty(6, 4, dtype=torch.bfloat16)
-    add_deltas(t, [Delta(a, b)], [1.0], out=transposed.T)
+    add_deltas(t, [difference(a, b)], [1.0], out=transposed.T)
     assert torch.equal(transposed.T, whole[::2])
 
 
@@ -154,7 +168,7 @@ def test_nan_and_infinity_are_found_and_stay(dtype: torch.dtype, bad: float) -> 
     for place in (0, 77_777, 199_999):
         values[place] = bad
         assert not all_finite(values)
-        result = add_deltas(values, [Delta(zeros, zeros)], [0.5], out=torch.empty_like(values))
+        result = add_deltas(values, [difference(zeros, zeros)], [0.5], out=torch.empty_like(values))
         assert torch.equal(result[place].isnan(), torch.tensor(bad != bad))
         assert torch.equal(result[place].isinf(), torch.tensor(bad == bad))
         values[place] = 1.0
@@ -163,20 +177,20 @@ def test_nan_and_infinity_are_found_and_stay(dtype: torch.dtype, bad: float) -> 
 def test_sums_together_are_complete_at_the_end_and_not_later_than_an_error() -> None:
     n = 400_003
     t, a, b = (draw(n, torch.bfloat16, seed) for seed in range(3))
-    expected = exact(t, [Delta(a, b)], [0.5]).bfloat16()
+    expected = exact(t, [difference(a, b)], [0.5]).bfloat16()
     outs = [torch.empty_like(t) for _ in range(20)]
     with together():
         for out in outs:
-            add_deltas(t, [Delta(a, b)], [0.5], out=out)
+            add_deltas(t, [difference(a, b)], [0.5], out=out)
     assert all(torch.equal(out, expected) for out in outs)
     with together():
-        wide = add_deltas(t, [Delta(a, b)], [0.5], out=torch.empty(2 * n, dtype=torch.bfloat16)[::2])
+        wide = add_deltas(t, [difference(a, b)], [0.5], out=torch.empty(2 * n, dtype=torch.bfloat16)[::2])
         assert torch.equal(wide, expected), "a copy of an unfinished sum"
 
     def fail() -> None:
         with together():
             for out in outs:
-                add_deltas(t, [Delta(a, b)], [0.5], out=out.zero_())
+                add_deltas(t, [difference(a, b)], [0.5], out=out.zero_())
             raise KeyError("stop")
 
     with pytest.raises(KeyError):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from tvmerge.errors import CheckpointError, IncompatibleError
 from tvmerge.hub import ModelId
-from tvmerge.state_dict import MERGEABLE_DTYPES, TensorSpec, deliver
+from tvmerge.state_dict import BFLOAT16, MERGEABLE_DTYPES, Array, Dtype, TensorSpec, WithTensors, deliver
 
 __all__ = ["INDEX", "SAFETENSORS_DTYPES", "SINGLE", "Checkpoint", "Header", "check_mergeable", "read_json"]
 
@@ -24,21 +23,20 @@ SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 #: dtypes as the header of a safetensors file spells them.
-SAFETENSORS_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+SAFETENSORS_DTYPES: Mapping[str, Dtype] = {
+    "BF16": BFLOAT16,
+    **{
+        name: np.dtype(dtype)
+        for name, dtype in (
+            *(("F64", np.float64), ("F32", np.float32), ("F16", np.float16)),
+            *(("I64", np.int64), ("I32", np.int32), ("I16", np.int16), ("I8", np.int8)),
+            *(("U64", np.uint64), ("U32", np.uint32), ("U16", np.uint16), ("U8", np.uint8), ("BOOL", np.bool_)),
+        )
+    },
 }
 
 
-class Header:
+class Header(WithTensors):
     """What is known of a model before any of its weights is read.
 
     Args:
@@ -59,7 +57,7 @@ class Header:
         """Shape and dtype, from the header."""
         return self._specs[name]
 
-    def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
+    def array(self, name: str, *, out: Array | None = None) -> Array:
         """What only a Checkpoint can."""
         raise RuntimeError(f"only the header of {self.model.name} is here, not {name}")
 
@@ -91,16 +89,14 @@ class Checkpoint(Header):
     """
 
     def __init__(self, model: ModelId, *, single: str = SINGLE) -> None:
-        self._files = _open_weights(model.path, single)
+        self._files = {file: _File(model.path / file) for file in _list_weights(model.path, single)}
         self._file_of = _locate_tensors(model.path, self._files, single)
-        files = self._files
-        super().__init__(model, {name: _spec(files[f], model.path / f, name) for name, f in self._file_of.items()})
+        super().__init__(model, {name: self._files[file].spec(name) for name, file in self._file_of.items()})
         self._state = {file: self._state_of(file) for file in self._files}
 
-    def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
-        """Read one tensor; without `out` it is a view of the mapped file, which must not be changed."""
-        tensor: Tensor = self._files[self._file_of[name]].get_tensor(name)
-        return deliver(tensor, out)
+    def array(self, name: str, *, out: Array | None = None) -> Array:
+        """Read one tensor; without `out` it is a view of the mapped file."""
+        return deliver(self._files[self._file_of[name]].array(name), out)
 
     def version(self, name: str) -> Hashable:
         """The same as long as `check_unchanged` finds the files unchanged."""
@@ -136,19 +132,62 @@ class Checkpoint(Header):
         """
         digest = hashlib.sha256()
         for name, spec in self._specs.items():
-            digest.update(f"{name} {spec.shape} {spec.dtype}\n".encode())
-            values = self.read(name).reshape(-1).view(torch.uint8)
+            digest.update(f"{name} {spec.shape} torch.{spec.dtype.name}\n".encode())
+            values = self.array(name).reshape(-1).view(np.uint8)
             step = len(values) // 16
             blocks = [values] if len(values) <= 1 << 16 else [values[i * step : i * step + 4096] for i in range(16)]
             for block in blocks:
-                digest.update(block.numpy().tobytes())
+                digest.update(block.tobytes())
         return digest.hexdigest()[:16]
 
 
-def _open_weights(folder: Path, single: str) -> dict[str, Any]:
-    """File name → open safetensors file."""
+class _File:
+    """A memory-mapped safetensors file: eight bytes of header length, a header of JSON, the tensors' bytes.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            with safe_open(path, framework="np"):  # it checks that header and length fit
+                pass
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                self._entries: dict[str, Any] = json.loads(file.read(length))
+            self._entries.pop("__metadata__", None)
+            empty = all(entry["data_offsets"][1] == 0 for entry in self._entries.values())
+            self._data = np.empty(0, np.uint8) if empty else np.memmap(path, np.uint8, mode="r", offset=8 + length)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: not a whole safetensors file ({error}): fetch it again or save the model with safetensors"
+            ) from error
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._entries.keys()
+
+    def spec(self, name: str) -> TensorSpec:
+        entry = self._entries[name]
+        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise CheckpointError(
+                f"{self._path}: {name} has the dtype {entry['dtype']}, which cannot be merged: "
+                "use the unquantized weights"
+            )
+        return TensorSpec(shape=tuple(entry["shape"]), dtype=dtype)
+
+    def array(self, name: str) -> Array:
+        start, stop = self._entries[name]["data_offsets"]
+        spec = self.spec(name)
+        return self._data[start:stop].view(np.ndarray).view(spec.dtype).reshape(spec.shape)
+
+
+def _list_weights(folder: Path, single: str) -> list[str]:
+    """Names of the files that hold a model's weights."""
     if (folder / single).is_file():  # as transformers does, which reads it and no index
-        return {single: _open_file(folder / single)}
+        return [single]
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -165,16 +204,7 @@ def _open_weights(folder: Path, single: str) -> dict[str, Any]:
             f"{folder}: {len(missing)} of {len(shards)} shards missing, the first is {missing[0]}: "
             "finish the download or the copy"
         )
-    return {shard: _open_file(folder / shard) for shard in shards}
-
-
-def _open_file(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path}: not a whole safetensors file ({error}): fetch it again or save the model with safetensors"
-        ) from error
+    return shards
 
 
 def _no_weights(folder: Path) -> str:
@@ -188,26 +218,16 @@ def _no_weights(folder: Path) -> str:
     return f"{folder}: holds neither {SINGLE} nor {INDEX}, name the folder of a model saved with safetensors"
 
 
-def _locate_tensors(folder: Path, files: Mapping[str, Any], single: str) -> dict[str, str]:
+def _locate_tensors(folder: Path, files: Mapping[str, _File], single: str) -> dict[str, str]:
     """Tensor name → file name, checked against the index if there is one."""
-    found = {name: file for file, handle in files.items() for name in handle.keys()}  # noqa: SIM118 - no mapping
+    found = {name: file for file, handle in files.items() for name in handle.names}
     if single not in files:
         weight_map: dict[str, str] = read_json(folder / INDEX)["weight_map"]
         for name, shard in weight_map.items():
-            if name not in files[shard].keys():  # noqa: SIM118 - safe_open is no mapping
+            if name not in files[shard].names:
                 raise CheckpointError(f"{folder / shard}: lacks {name}, which {INDEX} places there: fetch both again")
         return dict(weight_map)
     return found
-
-
-def _spec(file: Any, path: Path, name: str) -> TensorSpec:
-    view = file.get_slice(name)
-    dtype = SAFETENSORS_DTYPES.get(view.get_dtype())
-    if dtype is None:
-        raise CheckpointError(
-            f"{path}: {name} has the dtype {view.get_dtype()}, which cannot be merged: use the unquantized weights"
-        )
-    return TensorSpec(shape=tuple(view.get_shape()), dtype=dtype)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,36 +1,30 @@
 """Differences of models that are not computed until they are added: target + Σ w·(minuend − subtrahend), rounded once.
 
-Sums accumulate in float64, or in float32 where one fused multiply-add gives the same bits. On a CPU the loops are
-compiled and read and write every tensor once (kernels.py). On another device, and for so few sums that loading the
-compiled loops would take longer, torch takes the same steps.
+Sums accumulate in float64, or in float32 where one fused multiply-add gives the same bits. The loops are compiled, and
+read and write every tensor once (kernels.py).
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from tvmerge import kernels
+from tvmerge.state_dict import BFLOAT16, Array, Dtype
 
 __all__ = ["Delta", "add_deltas", "all_finite", "at_once", "keep_exactly", "together"]
 
 #: Most elements that one thread takes at a time.
 PART = 1 << 22
-#: Elements of the temporaries of a sum by torch on a CPU.
-CACHED = 1 << 20
-#: How many elements torch adds before the compiled loops, which are four times as fast, are loaded.
-PAYS_OFF = 750_000_000
 #: Least elements that are worth a thread of their own.
 SMALL = 1 << 16
-#: Parts begin at a multiple of this many elements.
-ALIGNED = 4096
 #: Elements of a float64 accumulator, which stays in the second-level cache.
 ACCUMULATOR = 1 << 17
 #: A kept difference lists the elements that its dtype cannot hold, 8 bytes each. More than this share are not kept.
@@ -41,114 +35,61 @@ LISTED = 1 / 8
 class Delta:
     """One tensor of a task vector, not computed: minuend − subtrahend, except for the elements that are listed."""
 
-    minuend: Tensor  # any shape, any floating dtype
-    subtrahend: Tensor | None = None  # of the same shape; None: zeros
-    index: Tensor | None = None  # integers, ascending: flat positions of the listed elements
-    values: Tensor | None = None  # float32 or float64, of the same length: their exact differences
+    minuend: Array  # any shape, any floating dtype
+    subtrahend: Array | None = None  # of the same shape; None: zeros
+    index: Array | None = None  # integers, ascending: flat positions of the listed elements
+    values: Array | None = None  # float32 or float64, of the same length: their exact differences
 
-    def exact(self, part: slice = slice(None)) -> Tensor:
-        """The difference of some elements, flat, float64: without error for 16-bit sources."""
-        difference = self.minuend.reshape(-1)[part].to(torch.float64, copy=True)
+    def exact(self) -> Array:
+        """The difference in float64: without error for 16-bit sources."""
+        difference = self.minuend.astype(np.float64)
         if self.subtrahend is not None:
-            difference = difference.sub_(self.subtrahend.reshape(-1)[part].to(difference))
+            difference -= self.subtrahend.astype(np.float64)
         if self.index is not None and self.values is not None:
-            start, stop, _ = part.indices(self.minuend.numel())
-            low, high = torch.searchsorted(self.index, torch.tensor([start, stop], device=self.index.device)).tolist()
-            difference[self.index[low:high] - start] = self.values[low:high].double()
+            difference.reshape(-1)[self.index] = self.values
         return difference
 
 
-def add_deltas(target: Tensor, deltas: Sequence[Delta], weights: Sequence[float], *, out: Tensor) -> Tensor:
+def add_deltas(target: Array, deltas: Sequence[Delta], weights: Sequence[float], *, out: Array) -> Array:
     """Fill `out` with target + Σ w·delta: the differences, products and sums as in float64, rounded once.
 
     Args:
         target: any shape, any floating dtype.
         deltas: of the same shape.
         weights: one for each of them, each a float32 number.
-        out: of the same shape, any floating dtype, any device.
+        out: of the same shape, any floating dtype.
 
     Returns:
         `out`.
     """
-    if not out.is_contiguous():
-        whole = torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    if not out.flags.c_contiguous:
         with at_once():
-            return out.copy_(add_deltas(target, deltas, weights, out=whole))
-    tensors = [target, out, *(t for d in deltas for t in (d.minuend, d.subtrahend) if t is not None)]
-    simple = len(deltas) == 1 and all(tensor.itemsize == 2 for tensor in tensors)
-    if any(tensor.device.type != "cpu" for tensor in tensors) or not _pays_off(out.numel()):
-        if simple and deltas[0].subtrahend is not None and deltas[0].index is None:
-            _add_one_by_torch(target, deltas[0], weights[0], out)
-        else:
-            _add_by_torch(target, deltas, weights, out)
-    elif simple:
+            np.copyto(out, add_deltas(target, deltas, weights, out=np.empty(out.shape, out.dtype)))
+        return out
+    arrays = [target, out, *(a for delta in deltas for a in (delta.minuend, delta.subtrahend) if a is not None)]
+    if len(deltas) == 1 and all(array.itemsize == 2 for array in arrays):
         _add_one(target, deltas[0], weights[0], out)
     else:
         _add_many(target, deltas, weights, out)
     return out
 
 
-def _add_by_torch(target: Tensor, deltas: Sequence[Delta], weights: Sequence[float], out: Tensor) -> None:
-    for part, (o, t) in _torch_parts(out, target):
-        total = t.to(device=o.device, dtype=torch.float64, copy=True)
-        for delta, weight in zip(deltas, weights, strict=True):
-            total += delta.exact(part).to(o.device).mul_(weight)  # two roundings, as in the compiled loops
-        o.copy_(total)
-
-
-def _add_one_by_torch(target: Tensor, delta: Delta, weight: float, out: Tensor) -> None:
-    """As kernels.sum16: in float32, where one fused multiply-add rounds once, if all differences are exact there."""
-    assert delta.subtrahend is not None, "the caller looked"
-    rows = [torch.empty(0)] * 4  # made once: fresh memory is cleared by the system, which takes longer than the sum
-    for _, (o, t, a, b) in _torch_parts(out, target, delta.minuend, delta.subtrahend):
-        if len(rows[0]) < len(o):
-            rows = [torch.empty(len(o), device=o.device) for _ in rows]
-        x, y, d, e = (row[: len(o)] for row in rows)
-        torch.sub(x.copy_(a), y.copy_(b), out=d)
-        if torch.equal(torch.add(d, y, out=e), x) and torch.equal(torch.sub(x, d, out=e), y):
-            o.copy_(x.copy_(t).add_(d, alpha=weight))
-        else:
-            _add_by_torch(t, [Delta(a, b)], [weight], o)
-
-
-def _torch_parts(*tensors: Tensor) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Flat parts of tensors of one shape, small enough for a cache, or large enough for a device."""
-    flat = [tensor.detach().reshape(-1) for tensor in tensors]
-    step = CACHED if tensors[0].device.type == "cpu" else PART
-    for start in range(0, flat[0].numel(), step):
-        part = slice(start, min(start + step, flat[0].numel()))
-        yield part, [tensor[part] for tensor in flat]
-
-
-def _pays_off(n: int) -> bool:
-    """Whether it is time to load the compiled loops, which takes half a second and more: not for a few sums."""
-    global _added
-    _added += n
-    return _added > PAYS_OFF
-
-
-def _add_one(target: Tensor, delta: Delta, weight: float, out: Tensor) -> None:
-    from tvmerge import kernels
-
-    t, a, o, w = _array(target), _array(delta.minuend), _array(out), np.float32(weight)
-    if delta.subtrahend is not None and delta.index is None:
-        b = _array(delta.subtrahend)
-        _in_parts(o.size, PART, lambda i, j: kernels.sum16(t[i:j], a[i:j], b[i:j], w, o[i:j]), overlap=True)
-    elif delta.subtrahend is None:
+def _add_one(target: Array, delta: Delta, weight: float, out: Array) -> None:
+    t, a, o, w = _flat(target), _flat(delta.minuend), _flat(out), np.float32(weight)
+    if delta.subtrahend is None:
         index, values = _listed(delta)
         _in_parts(
             o.size, PART, lambda i, j: kernels.sum16_kept(t[i:j], a[i:j], w, o[i:j], index, values, i), overlap=True
         )
     else:
-        raise ValueError("a difference that is kept has no subtrahend")
+        b = _flat(delta.subtrahend)
+        _in_parts(o.size, PART, lambda i, j: kernels.sum16(t[i:j], a[i:j], b[i:j], w, o[i:j]), overlap=True)
 
 
-def _add_many(target: Tensor, deltas: Sequence[Delta], weights: Sequence[float], out: Tensor) -> None:
-    from tvmerge import kernels
-
-    t, o = _array(target), _array(out)
+def _add_many(target: Array, deltas: Sequence[Delta], weights: Sequence[float], out: Array) -> None:
+    t, o = _flat(target), _flat(out)
     terms = [
-        (_array(d.minuend), _EMPTY if d.subtrahend is None else _array(d.subtrahend), *_listed(d), float(w))
+        (_flat(d.minuend), None if d.subtrahend is None else _flat(d.subtrahend), *_listed(d), float(np.float32(w)))
         for d, w in zip(deltas, weights, strict=True)
     ]
 
@@ -157,7 +98,7 @@ def _add_many(target: Tensor, deltas: Sequence[Delta], weights: Sequence[float],
         kernels.widen(t[i:j], total)
         for a, b, index, values, w in terms:
             kernels.widen(a[i:j], difference)
-            if b is not _EMPTY:
+            if b is not None:
                 kernels.subtract(difference, b[i:j])
             kernels.add(total, difference, w, index, values, i)
         kernels.narrow(total, o[i:j])
@@ -165,7 +106,7 @@ def _add_many(target: Tensor, deltas: Sequence[Delta], weights: Sequence[float],
     _in_parts(o.size, ACCUMULATOR, add, overlap=True)
 
 
-def keep_exactly(delta: Delta, dtype: torch.dtype) -> Delta:
+def keep_exactly(delta: Delta, dtype: Dtype) -> Delta:
     """Compute a difference and keep it in `dtype`, with a list of the elements that `dtype` cannot hold exactly.
 
     Of two bfloat16 models that are near each other nearly all differences are bfloat16 numbers: x − y has no more
@@ -174,18 +115,16 @@ def keep_exactly(delta: Delta, dtype: torch.dtype) -> Delta:
     Returns:
         The same values; `delta` itself if so many elements would be listed that reading both models is as fast.
     """
-    from tvmerge import kernels
-
-    kept = torch.empty(delta.minuend.shape, dtype=dtype)
-    a, k = _array(delta.minuend), _array(kept)
-    b = _EMPTY if delta.subtrahend is None else _array(delta.subtrahend)
-    lists: dict[int, tuple[Any, Any]] = {}
+    kept = np.empty(delta.minuend.shape, dtype)
+    a, k = _flat(delta.minuend), _flat(kept)
+    b = None if delta.subtrahend is None else _flat(delta.subtrahend)
+    lists: dict[int, tuple[Array, Array]] = {}
 
     def keep(i: int, j: int) -> None:
-        index, values = np.empty(j - i, dtype=np.int64), np.empty(j - i)
+        index, values = np.empty(j - i, np.int64), np.empty(j - i)
         difference = np.empty(j - i)
         kernels.widen(a[i:j], difference)
-        if b is not _EMPTY:
+        if b is not None:
             kernels.subtract(difference, b[i:j])
         n = kernels.keep(difference, k[i:j], index, values, i)
         lists[i] = index[:n].copy(), values[:n].copy()
@@ -195,23 +134,26 @@ def keep_exactly(delta: Delta, dtype: torch.dtype) -> Delta:
         return delta
     found = [lists[i] for i in sorted(lists)]
     index = np.concatenate([listed for listed, _ in found] or [_NO_INDEX])
-    values = np.concatenate([listed for _, listed in found] or [_EMPTY])
+    values = np.concatenate([listed for _, listed in found] or [_NO_VALUES])
     if a.size < 1 << 31:
         index = index.astype(np.int32)
     narrow = values.astype(np.float32)
-    values = narrow if np.array_equal(narrow, values) else values
-    return Delta(minuend=kept, index=torch.from_numpy(index), values=torch.from_numpy(values))
+    return Delta(minuend=kept, index=index, values=narrow if np.array_equal(narrow, values) else values)
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity. Reads it once."""
-    if not tensor.numel():
-        return True
-    least, greatest = torch.aminmax(tensor.detach())  # NaN if there is one
-    return bool(least.isfinite() & greatest.isfinite())
+def all_finite(array: Array) -> bool:
+    """Whether an array holds neither NaN nor infinity. Reads it once."""
+    flat = _flat(array)
+    bad = [False]
+
+    def look(i: int, j: int) -> None:
+        if kernels.has_bad(flat[i:j]):
+            bad[0] = True
+
+    _in_parts(flat.size, PART, look)
+    return not bad[0]
 
 
-_added = 0
 _pool: ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
 _state = threading.local()
@@ -246,10 +188,18 @@ def at_once() -> Iterator[None]:
         _state.pending = pending
 
 
+def n_threads() -> int:
+    """How many threads add: one for each core that this process may use, or as many as OMP_NUM_THREADS says."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    if said.isdecimal() and int(said) > 0:
+        return int(said)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _in_parts(n: int, part: int, work: Callable[[int, int], None], *, overlap: bool = False) -> None:
-    """Call work(start, stop) for consecutive parts of range(n), on as many threads as torch uses."""
+    """Call work(start, stop) for consecutive parts of range(n), on `n_threads()` threads."""
     global _pool
-    threads = torch.get_num_threads()
+    threads = n_threads()
     if n <= SMALL or threads == 1:
         for start in range(0, n, part):
             work(start, min(start + part, n))
@@ -258,7 +208,7 @@ def _in_parts(n: int, part: int, work: Callable[[int, int], None], *, overlap: b
         if _pool is None:
             _pool = ThreadPoolExecutor(threads, thread_name_prefix="tvmerge")
     rounds = -(-n // (threads * part))  # parts of one size, so that no thread waits long for another
-    step = -(-n // (threads * rounds) // ALIGNED) * ALIGNED
+    step = -(-n // (threads * rounds) // kernels.BLOCK) * kernels.BLOCK
     futures = deque(_pool.submit(work, start, min(start + step, n)) for start in range(0, n, step))
     pending: deque[Future[None]] | None = getattr(_state, "pending", None)
     if overlap and pending is not None:
@@ -270,18 +220,19 @@ def _in_parts(n: int, part: int, work: Callable[[int, int], None], *, overlap: b
         futures.popleft().result()
 
 
-def _array(tensor: Tensor) -> Any:
-    """A flat numpy view, in which the type tells bfloat16 (uint16) from float16 (int16)."""
-    flat = tensor.detach().reshape(-1)
-    as_integer = {torch.bfloat16: torch.uint16, torch.float16: torch.int16}.get(flat.dtype)
-    return flat.numpy() if as_integer is None else flat.view(as_integer).numpy()
+def _flat(array: Array) -> Array:
+    """A flat view, in which integers stand for 16-bit floats: uint16 for bfloat16, int16 for float16."""
+    flat = array.reshape(-1)
+    if flat.dtype == BFLOAT16:
+        return flat.view(np.uint16)
+    return flat.view(np.int16) if flat.dtype == np.float16 else flat
 
 
-_EMPTY: Any = np.empty(0)
-_NO_INDEX: Any = np.empty(0, dtype=np.int64)
+_NO_INDEX: Array = np.empty(0, np.int64)
+_NO_VALUES: Array = np.empty(0)
 
 
-def _listed(delta: Delta) -> tuple[Any, Any]:
+def _listed(delta: Delta) -> tuple[Array, Array]:
     if delta.index is None or delta.values is None:
-        return _NO_INDEX, _EMPTY
-    return delta.index.numpy(), delta.values.numpy()
+        return _NO_INDEX, _NO_VALUES
+    return delta.index, delta.values

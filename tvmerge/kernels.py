@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
 
-__all__ = ["add", "keep", "narrow", "subtract", "sum16", "sum16_kept", "widen"]
+__all__ = ["add", "has_bad", "keep", "narrow", "subtract", "sum16", "sum16_kept", "widen"]
 
 #: Elements between two checks: their inputs and outputs stay in the first-level cache.
 BLOCK = 4096
@@ -182,3 +182,12 @@ def keep(difference, kept, index, values, offset):
             values[n] = difference[i]
             n += 1
     return n
+
+
+@njit(**_OPTIONS)
+def has_bad(source):
+    """Whether a stored number is NaN or infinite."""
+    found = 0
+    for i in range(source.size):
+        found += not np.isfinite(_to_float(source[i]))
+    return found > 0

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from tvmerge.checkpoint import Checkpoint, Header, read_json
 from tvmerge.delta import Delta
@@ -192,17 +192,17 @@ class LoraTaskVector(TaskVector):
         """The shape of the model's tensor, in float32."""
         if name not in self._factors and name not in self._whole:
             raise KeyError(name)
-        return TensorSpec(shape=self._shapes[name], dtype=torch.float32)
+        return TensorSpec(shape=self._shapes[name], dtype=np.dtype(np.float32))
 
     def delta(self, name: str) -> Delta:
         """The product in float64, or views of both whole tensors."""
         if name in self._whole:
             assert self._base is not None, "check_base was called"
-            return Delta(minuend=self._adapter.read(self._whole[name]), subtrahend=self._base.read(name))
+            return Delta(minuend=self._adapter.array(self._whole[name]), subtrahend=self._base.array(name))
         factors = self._factors[name]
-        a, b = (self._adapter.read(factors[factor]).double() for factor in "AB")
-        product = (b @ a).mul_(self._adapter.scale(self._modules[name], rank=a.shape[0]))
-        return Delta(minuend=product.T.contiguous() if self._is_transposed(name) else product)
+        a, b = (self._adapter.array(factors[factor]).astype(np.float64) for factor in "AB")
+        product = (b @ a) * self._adapter.scale(self._modules[name], rank=a.shape[0])
+        return Delta(minuend=product.T.copy() if self._is_transposed(name) else product)
 
 
 def check_adapter_base(adapter: Adapter, base: Header) -> None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from tvmerge.delta import at_once
 from tvmerge.granularity import Grouping, group_tensors
 from tvmerge.methods import METHODS
-from tvmerge.state_dict import MERGEABLE_DTYPES, StateDict, TensorSpec, deliver
+from tvmerge.state_dict import MERGEABLE_DTYPES, Array, Dtype, StateDict, TensorSpec, WithTensors, deliver
 from tvmerge.task_vector import TaskVector
 
 __all__ = ["Merge", "MergedStateDict"]
@@ -40,7 +38,7 @@ class Merge:
         task_vectors: Mapping[str, TaskVector],
         grouping: Grouping,
         method: str = "task_arithmetic",
-        dtype: torch.dtype | None = None,
+        dtype: Dtype | None = None,
     ) -> None:
         self.target = target
         self.task_vectors = dict(task_vectors)
@@ -80,7 +78,7 @@ class Merge:
         return spec if self.dtype is None or name not in self._mergeable else TensorSpec(spec.shape, self.dtype)
 
 
-class MergedStateDict:
+class MergedStateDict(WithTensors):
     """A merge at given weights, as a lazy state dict of the target's names and shapes."""
 
     def __init__(self, merge: Merge, weights: Mapping[str, float]) -> None:
@@ -96,18 +94,18 @@ class MergedStateDict:
         """The target's shape, in the dtype of the merge."""
         return self._merge.spec(name)
 
-    def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
+    def array(self, name: str, *, out: Array | None = None) -> Array:
         """The merged tensor: accumulated in float64, rounded once to the dtype of `spec`, then to that of `out`."""
-        spec, target = self.spec(name), self._merge.target.read(name)
+        spec, target = self.spec(name), self._merge.target.array(name)
         terms = [(label, w) for label, weight in self._merge.weights_of.get(name, ()) if (w := self._weights[weight])]
         if not terms:
-            return deliver(target.to(spec.dtype), out)
+            return deliver(target.astype(spec.dtype, copy=False), out)
         deltas = [self._merge.task_vectors[label].delta(name) for label, _ in terms]
         method, weights = METHODS[self._merge.method], [w for _, w in terms]
         if out is not None and out.dtype == spec.dtype:
             method(target, deltas, weights, out)
             return out
-        merged = torch.empty(spec.shape, dtype=spec.dtype)
+        merged = np.empty(spec.shape, spec.dtype)
         with at_once():
             method(target, deltas, weights, merged)
         return deliver(merged, out)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from torch import Tensor
-
 from tvmerge.delta import Delta, add_deltas
+from tvmerge.state_dict import Array
 
 __all__ = ["METHODS", "task_arithmetic"]
 
-Method = Callable[[Tensor, Sequence[Delta], Sequence[float], Tensor], None]
+Method = Callable[[Array, Sequence[Delta], Sequence[float], Array], None]
 
 
-def task_arithmetic(target: Tensor, deltas: Sequence[Delta], weights: Sequence[float], out: Tensor) -> None:
+def task_arithmetic(target: Array, deltas: Sequence[Delta], weights: Sequence[float], out: Array) -> None:
     """θ = θ_target + Σ w_i · (θ_tuned,i − θ_base,i).
 
     Args:

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from tvmerge.checkpoint import SAFETENSORS_DTYPES, Checkpoint, Header
 from tvmerge.config import PlanConfig
 from tvmerge.errors import CheckpointError, IncompatibleError, InputError
@@ -99,14 +97,14 @@ def _model_rows(opened: Sequence[tuple[str, Header, int]]) -> list[tuple[str, ..
         specs = [header.spec(tensor) for tensor in header.names]
         sizes: dict[str, int] = {}
         for spec in specs:
-            dtype = str(spec.dtype).removeprefix("torch.")
+            dtype = spec.dtype.name
             sizes[dtype] = sizes.get(dtype, 0) + spec.nbytes
         rows.append(
             (
                 name,
                 _architecture(header),
                 str(len(specs)),
-                f"{sum(torch.Size(spec.shape).numel() for spec in specs) / 1e9:.3f} B",
+                f"{sum(spec.size for spec in specs) / 1e9:.3f} B",
                 _size(sum(spec.nbytes for spec in specs)),
                 ", ".join(sorted(sizes, key=lambda dtype: -sizes[dtype])),
                 _vocabulary(header),
@@ -166,7 +164,7 @@ def _needs(
     problems = []
     if live + missing > free:
         problems.append(f"{_size(live + missing)} are needed on the disk of {output}, and {_size(free)} are free")
-    if in_memory > memory and not torch.cuda.is_available():
+    if in_memory > memory:
         problems.append(f"{_size(in_memory)} of memory are needed, and this machine has {_size(memory)}")
     return rows, problems
 

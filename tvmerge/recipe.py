@@ -18,7 +18,8 @@ from tvmerge.files import check_writable, local_path, staged_directory, write_te
 from tvmerge.granularity import Grouping
 from tvmerge.merge import MergedStateDict
 from tvmerge.methods import METHODS
-from tvmerge.sources import DTYPES, MergeSettings, Sources, TunedModel, check_finite, open_checkpoint
+from tvmerge.sources import MergeSettings, Sources, TunedModel, check_finite, open_checkpoint
+from tvmerge.state_dict import DTYPES
 from tvmerge.vocabulary import VOCABULARIES
 from tvmerge.writer import NotFiniteError, copy_model_files, write_config, write_weights
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
 
 from tvmerge.checkpoint import Checkpoint, Header, check_mergeable
 from tvmerge.delta import all_finite
@@ -15,18 +13,11 @@ from tvmerge.granularity import Grouping
 from tvmerge.hub import resolve, split_name
 from tvmerge.lora import Adapter, LoraTaskVector, check_adapter_base, is_adapter
 from tvmerge.merge import Merge
-from tvmerge.state_dict import MERGEABLE_DTYPES, StateDict, Without, check_same_tensors
+from tvmerge.state_dict import DTYPES, MERGEABLE_DTYPES, StateDict, Without, check_same_tensors
 from tvmerge.task_vector import Difference, KeptTaskVector, TaskVector
 from tvmerge.vocabulary import Aligned, Rows, align_rows, check_same_vocabulary
 
-__all__ = ["DTYPES", "MergeSettings", "Sources", "TunedModel", "check_finite", "open_checkpoint", "open_sources"]
-
-#: Names of the dtypes that a merged model can have, as transformers spells them.
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+__all__ = ["MergeSettings", "Sources", "TunedModel", "check_finite", "open_checkpoint", "open_sources"]
 
 
 @dataclass(frozen=True)
@@ -239,7 +230,7 @@ def check_finite(sources: Sources, omit: Sequence[str]) -> None:
     """
     for model in sources.models():
         for name in _floats(model):
-            if name not in omit and not all_finite(model.read(name)):
+            if name not in omit and not all_finite(model.array(name)):
                 raise CheckpointError(f"model {model.model.name}: {name} holds NaN or infinity: use sound weights")
 
 

@@ -1,20 +1,52 @@
-"""The one idea of tvmerge: a lazy state dict, names and a way to read one tensor by name."""
+"""The one idea of tvmerge: a lazy state dict, names and a way to read one tensor by name.
+
+Tensors are numpy arrays here, of numpy's dtypes and ml_dtypes' bfloat16: merging and writing need no torch, which takes
+a second to load. `read` gives and fills torch's tensors, on any device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
+import ml_dtypes
+import numpy as np
 
 from tvmerge.errors import IncompatibleError
 
-__all__ = ["MERGEABLE_DTYPES", "StateDict", "TensorSpec", "Without", "check_same_tensors", "deliver"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
+__all__ = [
+    "BFLOAT16",
+    "DTYPES",
+    "MERGEABLE_DTYPES",
+    "Array",
+    "Dtype",
+    "StateDict",
+    "TensorSpec",
+    "WithTensors",
+    "Without",
+    "as_array",
+    "as_tensor",
+    "check_same_tensors",
+    "deliver",
+]
+
+Array = np.ndarray[Any, Any]
+Dtype = np.dtype[Any]
+
+BFLOAT16: Dtype = np.dtype(ml_dtypes.bfloat16)
 #: Tensors of these dtypes take part in a merge. Integers and booleans are copied from the target.
-MERGEABLE_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+MERGEABLE_DTYPES = frozenset({np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16), BFLOAT16})
+#: Names of the dtypes that a merged model can have, as torch and transformers spell them.
+DTYPES: Mapping[str, Dtype] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": BFLOAT16,
+}
 
 
 @dataclass(frozen=True)
@@ -22,12 +54,36 @@ class TensorSpec:
     """What is known of a tensor from a header alone."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Dtype
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return self.size * self.dtype.itemsize
+
+
+def as_tensor(array: Array) -> Tensor:
+    """A torch tensor that shares an array's memory; of an array that must not be changed, a copy."""
+    import torch
+
+    writable = array if array.flags.writeable else array.copy()
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(writable.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(writable)
+
+
+def as_array(tensor: Tensor) -> Array:
+    """An array that shares the memory of a tensor on the CPU, whatever its strides."""
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        return tensor.detach().view(torch.int16).numpy().view(BFLOAT16)
+    return tensor.detach().numpy()
 
 
 class StateDict(Protocol):
@@ -44,22 +100,38 @@ class StateDict(Protocol):
             KeyError: no tensor has this name.
         """
 
-    def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
+    def array(self, name: str, *, out: Array | None = None) -> Array:
         """Read one tensor.
 
         Args:
             name: one of `names`.
-            out: filled in place and returned if given, of the spec's shape, on any device, converted to its dtype.
+            out: filled in place and returned if given, of the spec's shape, converted to its dtype.
 
         Returns:
-            `out`, or a tensor of the spec's shape and dtype that the caller must not change.
+            `out`, or an array of the spec's shape and dtype that the caller must not change.
         """
+
+    def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
+        """As `array`, for torch; `out` may be on any device."""
 
     def version(self, name: str) -> Hashable:
         """Two reads of one name give the same values if their versions are equal, also of different state dicts."""
 
 
-class Without:
+class WithTensors:
+    """Gives a state dict that has `spec` and `array` its `read`."""
+
+    def read(self: StateDict, name: str, *, out: Tensor | None = None) -> Tensor:
+        """As `array`, for torch; `out` may be on any device."""
+        if out is None:
+            return as_tensor(self.array(name))
+        if out.device.type == "cpu":
+            self.array(name, out=as_array(out))
+            return out
+        return out.copy_(as_tensor(self.array(name)))
+
+
+class Without(WithTensors):
     """A state dict less some of its tensors: those that a model does not read, or reads under another name."""
 
     def __init__(self, state_dict: StateDict, omit: Sequence[str]) -> None:
@@ -77,20 +149,23 @@ class Without:
             raise KeyError(name)
         return self._state_dict.spec(name)
 
-    def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
+    def array(self, name: str, *, out: Array | None = None) -> Array:
         """As in the whole state dict."""
         if name in self._omit:
             raise KeyError(name)
-        return self._state_dict.read(name, out=out)
+        return self._state_dict.array(name, out=out)
 
     def version(self, name: str) -> Hashable:
         """As in the whole state dict."""
         return self._state_dict.version(name)
 
 
-def deliver(value: Tensor, out: Tensor | None) -> Tensor:
-    """Finish a `read`: the value itself, or `out` filled with it."""
-    return value if out is None else out.copy_(value)
+def deliver(value: Array, out: Array | None) -> Array:
+    """Finish an `array`: the value itself, or `out` filled with it."""
+    if out is None:
+        return value
+    np.copyto(out, value, casting="unsafe")
+    return out
 
 
 def check_same_tensors(reference: StateDict, other: StateDict, *, reference_name: str, other_name: str) -> None:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from tvmerge.delta import Delta, keep_exactly
-from tvmerge.state_dict import StateDict, TensorSpec, deliver
+from tvmerge.state_dict import Array, StateDict, TensorSpec, WithTensors, deliver
 
 __all__ = ["Difference", "KeptTaskVector", "TaskVector"]
 
 
-class TaskVector(ABC):
+class TaskVector(WithTensors, ABC):
     """A direction in weight space. It may lack tensors, which it then does not change.
 
     Source:
@@ -38,9 +37,9 @@ class TaskVector(ABC):
             KeyError: no tensor has this name.
         """
 
-    def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
+    def array(self, name: str, *, out: Array | None = None) -> Array:
         """One tensor, rounded to float32."""
-        return deliver(self.delta(name).exact().float().reshape(self.spec(name).shape), out)
+        return deliver(self.delta(name).exact().astype(np.float32), out)
 
     def version(self, name: str) -> Hashable:
         """A task vector does not change."""
@@ -66,11 +65,11 @@ class Difference(TaskVector):
 
     def spec(self, name: str) -> TensorSpec:
         """The base's shape, in float32."""
-        return TensorSpec(shape=self.base.spec(name).shape, dtype=torch.float32)
+        return TensorSpec(shape=self.base.spec(name).shape, dtype=np.dtype(np.float32))
 
     def delta(self, name: str) -> Delta:
         """Views of both models' tensors, where those are memory-mapped."""
-        return Delta(minuend=self.tuned.read(name), subtrahend=self.base.read(name))
+        return Delta(minuend=self.tuned.array(name), subtrahend=self.base.array(name))
 
 
 class KeptTaskVector(TaskVector):

@@ -6,12 +6,11 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from tvmerge.checkpoint import Header, read_json
 from tvmerge.errors import IncompatibleError
-from tvmerge.state_dict import StateDict, TensorSpec, deliver
+from tvmerge.state_dict import Array, StateDict, TensorSpec, WithTensors, deliver
 
 __all__ = ["VOCABULARIES", "Aligned", "Rows", "align_rows", "check_same_vocabulary"]
 
@@ -115,7 +114,7 @@ def _is_vocabulary(name: str, models: Sequence[Header], sizes: Sequence[int]) ->
     return all(spec is not None and spec.shape[:1] == (size,) for spec, size in zip(specs, sizes, strict=True))
 
 
-class Aligned:
+class Aligned(WithTensors):
     """A state dict whose vocabulary tensors are laid out as those of another model; rows that it lacks are zeros.
 
     Args:
@@ -126,7 +125,7 @@ class Aligned:
     def __init__(self, state_dict: StateDict, rows: Rows) -> None:
         self._state_dict = state_dict
         self._names = rows.names
-        self._source = torch.tensor(rows.source)
+        self._source = np.array(rows.source)
         self._lacks = self._source < 0
 
     @property
@@ -139,13 +138,13 @@ class Aligned:
         spec = self._state_dict.spec(name)
         return TensorSpec((len(self._source), *spec.shape[1:]), spec.dtype) if name in self._names else spec
 
-    def read(self, name: str, *, out: Tensor | None = None) -> Tensor:
+    def array(self, name: str, *, out: Array | None = None) -> Array:
         """A vocabulary tensor is copied row by row, in the order of the other model."""
         if name not in self._names:
-            return self._state_dict.read(name, out=out)
-        tensor = self._state_dict.read(name).index_select(0, self._source.clamp_min(0))
-        tensor[self._lacks] = 0
-        return deliver(tensor, out)
+            return self._state_dict.array(name, out=out)
+        rows = self._state_dict.array(name)[np.maximum(self._source, 0)]
+        rows[self._lacks] = 0
+        return deliver(rows, out)
 
     def version(self, name: str) -> Hashable:
         """As before, laid out anew."""

@@ -12,20 +12,19 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from tvmerge.checkpoint import INDEX, SAFETENSORS_DTYPES, SINGLE
 from tvmerge.delta import all_finite
 from tvmerge.hub import MODEL_FILES
-from tvmerge.state_dict import MERGEABLE_DTYPES, StateDict
+from tvmerge.state_dict import MERGEABLE_DTYPES, Array, Dtype, StateDict
 
 __all__ = ["NotFiniteError", "copy_model_files", "model_files", "write_config", "write_weights"]
 
 #: Bytes that are written before they are sent to the disk.
 FLUSHED = 1 << 25
 
-_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+_NAMES: Mapping[Dtype, str] = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 class NotFiniteError(ValueError):
@@ -49,7 +48,7 @@ def write_weights(state_dict: StateDict, folder: Path, *, shard_bytes: int = 2_0
     shards = list(_shards(state_dict, shard_bytes))
     largest = max((state_dict.spec(name).nbytes for name in state_dict.names), default=0)
     # While one tensor is written the next is merged.
-    scratch = [torch.empty(largest, dtype=torch.uint8) for _ in range(2)]
+    scratch = [np.empty(largest, np.uint8) for _ in range(2)]
     weight_map = {}
     with ThreadPoolExecutor(1, thread_name_prefix="tvmerge-writer") as writer:
         for number, names in enumerate(shards, start=1):
@@ -76,7 +75,7 @@ def _shards(state_dict: StateDict, shard_bytes: int) -> Iterator[list[str]]:
 
 
 def _write_file(
-    state_dict: StateDict, names: Sequence[str], path: Path, scratch: Sequence[Tensor], writer: Executor
+    state_dict: StateDict, names: Sequence[str], path: Path, scratch: Sequence[Array], writer: Executor
 ) -> None:
     """Write one file: eight bytes of header length, a header of JSON, the tensors one behind the other."""
     # The widest first, so that each begins at a multiple of its elements' size.
@@ -104,7 +103,7 @@ def _write_file(
                 room = scratch[n % len(scratch)][: spec.nbytes]
                 if len(writing) == len(scratch):  # this room is in use
                     writing.pop(0).result()
-                tensor = state_dict.read(name, out=room.view(spec.dtype).view(spec.shape))
+                tensor = state_dict.array(name, out=room.view(spec.dtype).reshape(spec.shape))
                 if spec.dtype in MERGEABLE_DTYPES and not all_finite(tensor):
                     raise NotFiniteError(name)
                 writing.append(writer.submit(output.write, room))
@@ -122,9 +121,9 @@ class _Output:
         self._file = file
         self._waiting = 0
 
-    def write(self, values: Tensor) -> None:
+    def write(self, values: Array) -> None:
         """Append bytes."""
-        written, data = 0, values.numpy()
+        written, data = 0, values
         while written < len(data):  # one call writes at most 2 GiB
             written += self._file.write(data[written:].data)
         self._waiting += len(data)
