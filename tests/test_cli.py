@@ -47,7 +47,7 @@ def assert_refused(arguments: list[str], message: str, output: Path, capsys: pyt
         (["--jglue_tasks", ""], "--jglue_tasks must name"),
         (["--jglue_tasks", "tiny_perplexity"], "has no accuracy"),
         (["--task_dir", "nowhere"], "--task_dir nowhere: no such folder"),
-        (["--optimize_mode", "layers"], "Got value: layers"),
+        (["--optimize_mode", "layers"], "unknown granularity 'layers', known are uniform, block:k, all"),
         (["--optuna_sampler", "tpe"], "Got value: tpe"),
         (["--weight_min", "1", "--weight_max", "1"], "--weight_min must be less than --weight_max, got 1.0 and 1.0"),
         (["--weight_max", ".inf"], "--weight_max must be a finite number"),

@@ -91,7 +91,10 @@ class MergeConfig:
             if name in groups:
                 raise ConfigError(f"--weight_groups names {name!r} twice: join its expressions as one|other")
             groups[name] = pattern
-        return Grouping(self.optimize_mode, groups, tuple(_listed(self.freeze)))
+        try:
+            return Grouping(self.optimize_mode, groups, tuple(_listed(self.freeze)))
+        except ConfigError as error:
+            raise ConfigError(f"--optimize_mode, --weight_groups or --freeze: {error}") from error
 
     @property
     def merge_settings(self) -> MergeSettings:
