@@ -18,7 +18,14 @@ __all__ = ["add", "has_bad", "keep", "narrow", "subtract", "sum16", "sum16_kept"
 #: Elements between two checks: their inputs and outputs stay in the first-level cache.
 BLOCK = 4096
 
-_OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
+
+def _compiled(function):
+    """Compile at the first call, and keep the result beside this file or in the user's cache."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # nowhere to keep it: compiled anew in every process, which takes seconds
+        return njit(**options)(function)
 
 
 @intrinsic
@@ -100,7 +107,7 @@ def _sum_for(target, difference, weight):
     return lambda target, difference, weight: np.float64(target) + np.float64(weight) * difference
 
 
-@njit(**_OPTIONS)
+@_compiled
 def sum16(target, minuend, subtrahend, weight, out):
     """Sum target + weight·(minuend − subtrahend), all of 16 bits.
 
@@ -123,7 +130,7 @@ def sum16(target, minuend, subtrahend, weight, out):
                 o[i] = _from_float(np.float64(_to_float(t[i])) + w * difference, o[i])
 
 
-@njit(**_OPTIONS)
+@_compiled
 def sum16_kept(target, kept, weight, out, index, values, offset):
     """Sum target + weight·kept, all of 16 bits, where `index`, of the whole tensor, lists the elements that differ."""
     at = np.searchsorted(index, offset)
@@ -139,21 +146,21 @@ def sum16_kept(target, kept, weight, out, index, values, offset):
         at = end
 
 
-@njit(**_OPTIONS)
+@_compiled
 def widen(source, out):
     """Copy stored numbers into an array of float64."""
     for i in range(source.size):
         out[i] = _to_float(source[i])
 
 
-@njit(**_OPTIONS)
+@_compiled
 def subtract(total, source):
     """Subtract stored numbers from an array of float64."""
     for i in range(source.size):
         total[i] -= np.float64(_to_float(source[i]))
 
 
-@njit(**_OPTIONS)
+@_compiled
 def add(total, difference, weight, index, values, offset):
     """Add weight·difference, all float64, where `index`, of the whole tensor, lists the elements that differ."""
     at = np.searchsorted(index, offset)
@@ -164,14 +171,14 @@ def add(total, difference, weight, index, values, offset):
         total[i] += weight * difference[i]
 
 
-@njit(**_OPTIONS)
+@_compiled
 def narrow(source, out):
     """Round an array of float64 into stored numbers."""
     for i in range(source.size):
         out[i] = _from_float(source[i], out[i])
 
 
-@njit(**_OPTIONS)
+@_compiled
 def keep(difference, kept, index, values, offset):
     """Round differences into `kept` and list those that were changed by it; returns how many."""
     n = 0
@@ -184,7 +191,7 @@ def keep(difference, kept, index, values, offset):
     return n
 
 
-@njit(**_OPTIONS)
+@_compiled
 def has_bad(source):
     """Whether a stored number is NaN or infinite."""
     found = 0

@@ -82,26 +82,25 @@ class MergedStateDict(WithTensors):
     """A merge at given weights, as a lazy state dict of the target's names and shapes."""
 
     def __init__(self, merge: Merge, weights: Mapping[str, float]) -> None:
-        self._merge = merge
+        self.merge = merge
         self._weights = {name: float(np.float32(weight)) for name, weight in weights.items()}
 
     @property
     def names(self) -> Sequence[str]:
         """The target's tensor names, sorted."""
-        return self._merge.target.names
+        return self.merge.target.names
 
     def spec(self, name: str) -> TensorSpec:
         """The target's shape, in the dtype of the merge."""
-        return self._merge.spec(name)
+        return self.merge.spec(name)
 
     def array(self, name: str, *, out: Array | None = None) -> Array:
         """The merged tensor: accumulated in float64, rounded once to the dtype of `spec`, then to that of `out`."""
-        spec, target = self.spec(name), self._merge.target.array(name)
-        terms = [(label, w) for label, weight in self._merge.weights_of.get(name, ()) if (w := self._weights[weight])]
+        spec, target, terms = self.spec(name), self.merge.target.array(name), self.terms(name)
         if not terms:
             return deliver(target.astype(spec.dtype, copy=False), out)
-        deltas = [self._merge.task_vectors[label].delta(name) for label, _ in terms]
-        method, weights = METHODS[self._merge.method], [w for _, w in terms]
+        deltas = [self.merge.task_vectors[label].delta(name) for label, _ in terms]
+        method, weights = METHODS[self.merge.method], [w for _, w in terms]
         if out is not None and out.dtype == spec.dtype:
             method(target, deltas, weights, out)
             return out
@@ -110,6 +109,10 @@ class MergedStateDict(WithTensors):
             method(target, deltas, weights, merged)
         return deliver(merged, out)
 
+    def terms(self, name: str) -> list[tuple[str, float]]:
+        """Label and weight of each task vector that moves a tensor at these weights."""
+        return [(label, w) for label, weight in self.merge.weights_of.get(name, ()) if (w := self._weights[weight])]
+
     def version(self, name: str) -> Hashable:
         """The merge, and the weights of this tensor."""
-        return self._merge, tuple(self._weights[weight] for _, weight in self._merge.weights_of.get(name, ()))
+        return self.merge, tuple(self._weights[weight] for _, weight in self.merge.weights_of.get(name, ()))

@@ -25,6 +25,7 @@ from tvmerge.state_dict import StateDict
 __all__ = ["Assembly", "LiveTensors", "find_live_tensors"]
 
 Shape = tuple[int, ...]
+Write = Callable[[StateDict, Sequence[tuple[str, Tensor]]], None]
 
 
 @dataclass(frozen=True)
@@ -100,21 +101,28 @@ class LiveTensors:
         """All checkpoint tensors that the model reads, sorted."""
         return sorted([*self.views, *(name for assembly in self.assemblies for name in assembly.names)])
 
-    def fill(self, state_dict: StateDict, loaded: MutableMapping[str, Hashable] | None = None) -> None:
+    def fill(
+        self,
+        state_dict: StateDict,
+        loaded: MutableMapping[str, Hashable] | None = None,
+        *,
+        write: Write | None = None,
+    ) -> None:
         """Fill the model in place.
 
         Args:
             state_dict: holds `names`.
             loaded: checkpoint name → version of what the model holds of it, which is left; kept up to date.
+            write: what fills views with tensors of a state dict; None for this machine's memory.
         """
         loaded = {} if loaded is None else loaded
         versions = {name: state_dict.version(name) for name in self.views}
         changed = {name: version for name, version in versions.items() if loaded.get(name) != version}
         for name in changed:  # half of one, if reading fails
             loaded.pop(name, None)
-        with together():
-            for name in sorted(changed, key=lambda name: -self.views[name].numel()):
-                state_dict.read(name, out=self.views[name])
+        # The largest first, so that threads end at the same time.
+        ordered = sorted(changed, key=lambda name: -self.views[name].numel())
+        (write or _write)(state_dict, [(name, self.views[name]) for name in ordered])
         loaded.update(changed)
         for assembly in self.assemblies:
             versions = {name: state_dict.version(name) for name in assembly.names}
@@ -123,6 +131,12 @@ class LiveTensors:
                     loaded.pop(name, None)
                 assembly.fill(state_dict)
                 loaded.update(versions)
+
+
+def _write(state_dict: StateDict, views: Sequence[tuple[str, Tensor]]) -> None:
+    with together():
+        for name, view in views:
+            state_dict.read(name, out=view)
 
 
 def find_live_tensors(model: PreTrainedModel, checkpoint: StateDict) -> LiveTensors:

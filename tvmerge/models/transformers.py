@@ -15,6 +15,7 @@ from transformers.utils import logging
 from tvmerge.checkpoint import Header
 from tvmerge.errors import CheckpointError
 from tvmerge.models.conversion import find_live_tensors
+from tvmerge.models.device import DeviceWriter
 from tvmerge.state_dict import StateDict
 
 __all__ = ["TransformersModel", "load_tokenizer", "unread_tensors"]
@@ -70,6 +71,8 @@ class TransformersModel:
         self.tokenizer = tokenizer
         self._live = find_live_tensors(model, checkpoint)
         self._loaded: dict[str, Hashable] = {}
+        device = model.device
+        self._write = None if device.type == "cpu" else DeviceWriter(device).write
 
     @classmethod
     def from_folder(cls, folder: Path, *, checkpoint: StateDict, device: str, dtype: str = "auto") -> TransformersModel:
@@ -101,7 +104,7 @@ class TransformersModel:
             state_dict: all tensors of the model, spelled as in its checkpoint.
         """
         with torch.no_grad():
-            self._live.fill(state_dict, self._loaded)
+            self._live.fill(state_dict, self._loaded, write=self._write)
 
     def forget(self) -> None:
         """Fill everything at the next `load`: somebody else has written into the model."""
