@@ -8,7 +8,7 @@ source "$(dirname "$0")/setup_env.sh"
 # Models: a local folder, a Hub id, or id@revision. These are toys of 0.7 M parameters that come with the code.
 TARGET_MODEL=demo/models/target
 BASE_MODEL=demo/models/base
-TUNED_MODEL=demo/models/tuned
+TUNED_MODEL=(demo/models/tuned) # several: (a b:base_of_b); LoRA adapters too
 
 # Tasks: lm-eval's by name, or those of TASK_DIR.
 JGLUE_TASKS=toy_jcommonsenseqa,toy_jnli,toy_marc_ja,toy_jsquad
@@ -16,7 +16,7 @@ JGLUE_LIMIT=100
 TASK_DIR=demo/tasks
 
 # Search
-OPTIMIZE_MODE=layer # all, layer, parameter
+OPTIMIZE_MODE=layer # uniform, layer, block:4, parameter, all
 OPTUNA_SAMPLER=TPE  # TPE, CMA-ES
 WEIGHT_MIN=0
 WEIGHT_MAX=2
@@ -30,7 +30,7 @@ OUTPUT_DIR=output
 python -m tvmerge jglue \
   --target_model "$TARGET_MODEL" \
   --base_model "$BASE_MODEL" \
-  --tuned_model "$TUNED_MODEL" \
+  --tuned_model "${TUNED_MODEL[@]}" \
   --jglue_tasks "$JGLUE_TASKS" \
   --jglue_limit "$JGLUE_LIMIT" \
   --task_dir "$TASK_DIR" \

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import Trio
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tvmerge.cli import main
 from tvmerge.errors import ConfigError, RecipeError, TvmergeError
 from tvmerge.recipe import Recipe, apply_recipe
 
@@ -142,3 +144,16 @@ def test_a_failure_while_writing_leaves_nothing(trio: Trio, tmp_path: Path, monk
     with pytest.raises(OSError, match="No space"):
         apply_recipe(recipe, output=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_recipe_gives_a_model_of_another_dtype(trio: Trio, tmp_path: Path) -> None:
+    recipe = written(tmp_path / "recipe.yaml", content(trio))
+    assert main(["apply", str(recipe), "--output_dir", str(tmp_path / "wide"), "--dtype", "float32"]) == 0
+    apply_recipe(recipe, output=tmp_path / "same")
+    wide, same = (AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto") for name in ("wide", "same"))
+    assert (wide.dtype, same.dtype) == (torch.float32, torch.bfloat16)
+    for name, tensor in wide.state_dict().items():
+        assert torch.equal(tensor.bfloat16(), same.state_dict()[name])
+    apply_recipe(tmp_path / "wide" / "recipe.yaml", output=tmp_path / "again")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("wide", "again")]
+    assert files[0] == files[1]

@@ -46,7 +46,8 @@ def _run_apply(config: ApplyConfig) -> None:
     gc.enable()
 
     output = local_path(config.output_dir, flag="--output_dir")
-    apply_recipe(local_path(config.recipe, flag="recipe"), output=output, cache_dir=config.cache_dir)
+    dtype = None if config.dtype == "auto" else config.dtype
+    apply_recipe(local_path(config.recipe, flag="recipe"), output=output, dtype=dtype, cache_dir=config.cache_dir)
     print(f"{config.output_dir}: the model of {config.recipe}")
 
 

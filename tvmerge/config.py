@@ -225,14 +225,16 @@ class JglueConfig(MergeConfig):
 
 @dataclass(kw_only=True)
 class ApplyConfig:
-    """Rebuild the model of a recipe, byte for byte.
+    """Rebuild the model of a recipe, byte for byte, or in another dtype.
 
     Args:
         recipe: a recipe.yaml that a run has written
         output_dir: folder to write the model into; it must not exist or be empty
+        dtype: of the model; auto is what the recipe says
         cache_dir: where models of the Hub are kept; default is the Hub's own cache
     """
 
     recipe: str
     output_dir: str
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     cache_dir: str | None = None

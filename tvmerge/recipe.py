@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -246,12 +246,13 @@ def write_model(recipe: Recipe, sources: Sources, folder: Path) -> None:
     recipe.save(folder / RECIPE_FILE)
 
 
-def apply_recipe(path: Path, *, output: Path, cache_dir: str | None = None) -> None:
+def apply_recipe(path: Path, *, output: Path, dtype: str | None = None, cache_dir: str | None = None) -> None:
     """Rebuild the model of a recipe in a new folder, byte for byte.
 
     Args:
         path: a recipe.yaml.
         output: a folder that does not exist or is empty.
+        dtype: a key of DTYPES, for a model of another dtype than the recipe's; None for the recipe's.
         cache_dir: the Hub cache; None means the default one.
 
     Raises:
@@ -262,6 +263,8 @@ def apply_recipe(path: Path, *, output: Path, cache_dir: str | None = None) -> N
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"--output_dir {output}: exists and is not empty, name a new folder")
     recipe = Recipe.load(path)
+    if dtype is not None:
+        recipe = replace(recipe, dtype=dtype, score={})  # which was that of another model
     sources = recipe.open_sources(cache_dir=cache_dir)
     recipe.rebuild(sources)  # checks names and shapes before anything is written
     with staged_directory(output) as staging:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +30,9 @@ from tvmerge.writer import model_files
 
 __all__ = ["jglue"]
 
+#: Bytes of weights whose reading takes so long that it is said.
+LONG_TO_READ = 4_000_000_000
+
 
 def jglue(config: JglueConfig) -> None:
     """Search, prove and save a merge that scores best on JGLUE-style tasks.
@@ -52,14 +56,17 @@ def jglue(config: JglueConfig) -> None:
     settings = replace(config.merge_settings, omit=omit)
     merge = sources.merge(settings, keep=config.delta_storage == "memory")
     load_tokenizer(sources.target.model.path)
+    if not (output / "study.db").exists():
+        nbytes = sum(model.spec(name).nbytes for model in sources.models() for name in model.names)
+        if nbytes > LONG_TO_READ:
+            print(f"looking for NaN and infinity in {nbytes / 1e9:.0f} GB of weights", file=sys.stderr)
+        check_finite(sources, omit)
     output.mkdir(parents=True, exist_ok=True)
     study = open_study(config, output, sources=sources, merge=merge, questions=questions, device=device)
     try:
         remove_staged(output, "best")
         resolved = {**asdict(config), "n_trials": max(config.n_trials, study.n_finished)}
         write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-        if not study.n_finished:
-            check_finite(sources, omit)
         folder = sources.target.model.path
         model = TransformersModel.from_folder(folder, checkpoint=merge.target, device=device, dtype=config.dtype)
         JglueRun(config, output, sources, settings, merge, study, model, questions).run()
