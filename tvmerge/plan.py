@@ -15,7 +15,7 @@ from tvmerge.files import check_writable, local_path
 from tvmerge.hub import describe, resolve
 from tvmerge.lora import Adapter, is_adapter
 from tvmerge.merge import Merge
-from tvmerge.sources import Sources, open_sources
+from tvmerge.sources import Sources, open_sources, unread
 from tvmerge.state_dict import TensorSpec
 
 __all__ = ["plan"]
@@ -45,7 +45,7 @@ def plan(config: PlanConfig) -> None:
             cache_dir=config.cache_dir,
             open_model=open_model,
         )
-        omit = _unread(sources)
+        omit = unread(sources)
         merge = sources.merge(replace(config.merge_settings, omit=omit))
     except InputError:
         print(_table(_model_rows(opened)))
@@ -81,12 +81,6 @@ def open_header(name: str, *, cache_dir: str | None) -> tuple[Header, int]:
         for tensor, (dtype, shape) in described.tensors.items()
     }
     return Header(model, specs), described.nbytes
-
-
-def _unread(sources: Sources) -> list[str]:
-    from tvmerge.models.transformers import unread_tensors  # a second and a half
-
-    return sorted({name for model in sources.whole_models() for name in unread_tensors(model)})
 
 
 def _model_rows(opened: Sequence[tuple[str, Header, int]]) -> list[tuple[str, ...]]:

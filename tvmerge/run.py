@@ -17,12 +17,12 @@ from tvmerge.evaluators.lm_eval import HarnessModel, LmEvalEvaluator, load_tasks
 from tvmerge.files import check_writable, local_path, remove_staged, staged_directory, write_text
 from tvmerge.hub import ModelId
 from tvmerge.merge import Merge
-from tvmerge.models.transformers import TransformersModel, load_tokenizer, unread_tensors
+from tvmerge.models.transformers import TransformersModel, load_tokenizer
 from tvmerge.progress import RunProgress
 from tvmerge.recipe import RECIPE_FILE, Recipe, library_versions, source_entries, write_model
 from tvmerge.report import Candidate, model_card, score_table, verdict
 from tvmerge.search import uniform_weights
-from tvmerge.sources import MergeSettings, Sources, check_finite, open_sources
+from tvmerge.sources import MergeSettings, Sources, check_finite, open_sources, unread
 from tvmerge.state_dict import StateDict
 from tvmerge.study import STORAGE_ERRORS, MergeStudy, TrialResult
 from tvmerge.writer import model_files
@@ -48,18 +48,18 @@ def jglue(config: JglueConfig) -> None:
         vocabulary=config.vocabulary,
         cache_dir=config.cache_dir,
     )
-    omit = sorted({name for model in sources.whole_models() for name in unread_tensors(model)})
+    omit = unread(sources)
     settings = replace(config.merge_settings, omit=omit)
     merge = sources.merge(settings, keep=config.delta_storage == "memory")
     load_tokenizer(sources.target.model.path)
+    if not (output / "study.db").exists():
+        check_finite(sources, omit)
     output.mkdir(parents=True, exist_ok=True)
     study = open_study(config, output, sources=sources, merge=merge, questions=questions, device=device)
     try:
         remove_staged(output, "best")
         resolved = {**asdict(config), "n_trials": max(config.n_trials, study.n_finished)}
         write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-        if not study.n_finished:
-            check_finite(sources, omit)
         folder = sources.target.model.path
         model = TransformersModel.from_folder(folder, checkpoint=merge.target, device=device, dtype=config.dtype)
         JglueRun(config, output, sources, settings, merge, study, model, questions).run()
