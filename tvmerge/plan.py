@@ -13,7 +13,7 @@ from tvmerge.config import PlanConfig
 from tvmerge.errors import CheckpointError, IncompatibleError, InputError
 from tvmerge.files import check_writable, local_path
 from tvmerge.hub import describe, resolve
-from tvmerge.lora import Adapter, is_adapter
+from tvmerge.lora import Adapter, LoraTaskVector, is_adapter
 from tvmerge.merge import Merge
 from tvmerge.sources import Sources, open_sources, unread
 from tvmerge.state_dict import TensorSpec
@@ -136,13 +136,17 @@ def _needs(
     largest = max(spec.nbytes for spec in specs.values())
     changed = [name for name in specs if name in merge.weights_of]
     read = sum(merge.target.spec(name).nbytes for name in changed)
+    kept = 0
     for label, vector in merge.task_vectors.items():
         entry = next(entry for entry in sources.tuned if entry.label == label)
         names = set(vector.names) & set(changed)
-        read += sum(_stored(model, names) for model in (entry.tuned, entry.base) if model is not None)
+        tuned = _stored(entry.tuned, names)
+        kept += 0 if isinstance(vector, LoraTaskVector) else tuned
+        # Of an adapter's base only those tensors are read that the adapter holds whole.
+        needed = names & set(vector.whole_names) if isinstance(vector, LoraTaskVector) else names
+        read += tuned + (0 if entry.base is None else _stored(entry.base, needed))
     written = sum(specs[name].nbytes for name in changed)
-    kept = read - sum(merge.target.spec(name).nbytes for name in changed)
-    in_memory = live + (kept // 2 if config.delta_storage == "memory" else largest)
+    in_memory = live + (kept if config.delta_storage == "memory" else largest)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = shutil.disk_usage(next(path for path in (output, *output.resolve().parents) if path.is_dir())).free
     rows = [

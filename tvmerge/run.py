@@ -132,10 +132,13 @@ def open_study(
 ) -> MergeStudy:
     """Create or resume the study of a configuration, known by what it asks of which weights, not by their paths."""
     asked = [evaluator.fingerprint for evaluator in (questions.search, questions.heldout) if evaluator is not None]
+    several = len(sources.tuned) > 1  # then labels are in the weights' names
     identity = {
         **config.identity(),
         "target_model": _weights(sources.target),
-        "tuned_model": [f"{entry.label}: {_weights(entry.tuned)}" for entry in sources.tuned],
+        "tuned_model": [
+            f"{entry.label}: {_weights(entry.tuned)}" if several else _weights(entry.tuned) for entry in sources.tuned
+        ],
         "base_model": [None if entry.base is None else _weights(entry.base) for entry in sources.tuned],
         "questions": asked,
         "device": device.partition(":")[0],
