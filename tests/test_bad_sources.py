@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -102,9 +103,9 @@ def test_a_model_that_was_mended_runs_in_the_same_folder(
 def test_values_too_large_for_the_dtype_end_an_apply(
     trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str], weight: float
 ) -> None:
-    for name, changes in (("cast", {"dtype": "float16"}), ("fits", {"dtype": "bfloat16"})):
+    for name, dtype in (("cast", "float16"), ("fits", "bfloat16")):
         (tmp_path / name).mkdir()
-        recipe = recipe_of(tmp_path / name, trio=trio, tuned=trio.tuned, weights={"uniform": 10 * weight}, **changes)
+        recipe = recipe_of(tmp_path / name, trio=trio, tuned=trio.tuned, weights={"uniform": 10 * weight}, dtype=dtype)
         status = main(apply(recipe, tmp_path / name / "out"))
         captured = capsys.readouterr()
         assert (name, status) == (name, 1 if name == "cast" else 0)
@@ -132,9 +133,7 @@ def test_values_too_large_for_float16_models_end_an_apply(
     assert listing(tmp_path) == before
 
 
-def test_an_adapter_for_another_base_is_refused(
-    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_for_another_base_is_refused(trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     same_shapes = save_adapter(trio.tuned, tmp_path / "same")
     wide = save_adapter(save_mistral(tmp_path / "wide", seed=0, hidden_size=32), tmp_path / "on wide")
     for adapter, reason in ((same_shapes, f"was trained on {trio.tuned}, not on {trio.base}"), (wide, "was trained")):
@@ -257,7 +256,7 @@ def test_a_small_disk_that_is_full_leaves_nothing_of_an_apply(trio: Trio, small_
 def large(tmp_path_factory: pytest.TempPathFactory) -> Trio:
     """Models that are larger than the study of a few trials."""
     root = tmp_path_factory.mktemp("large")
-    size = {"hidden_size": 192, "intermediate_size": 256}
+    size: dict[str, Any] = {"hidden_size": 192, "intermediate_size": 256}
     base = save_mistral(root / "base", seed=0, **size)
     target, tuned = (save_mistral(root / n, seed=i, drift_from=base, **size) for i, n in ((1, "target"), (2, "tuned")))
     return Trio(target=target, base=base, tuned=tuned)

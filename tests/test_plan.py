@@ -204,9 +204,7 @@ def test_models_that_do_not_fit_are_refused_below_their_table(
     assert row["architecture"].endswith("(tied)") == ("lm_head" in reason)
 
 
-def test_other_vocabularies_can_be_intersected(
-    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_vocabularies_can_be_intersected(trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wide = save_mistral(tmp_path / "wide", seed=3, vocab_size=len(CHARACTERS) + 5)
     save_tokenizer(wide, CHARACTERS + "終")
     flags = [*trio.flags(), "--target_model", str(wide)]
@@ -255,6 +253,14 @@ def test_too_little_disk_is_refused_with_both_sizes(
     captured = capsys.readouterr()
     assert re.search(f"{re.escape(size(whole))} are needed on the disk of output, and .* are free", captured.err)
     assert captured.err.count("\n") == 1
+
+
+def test_too_little_memory_is_refused_with_both_sizes(
+    trio: Trio, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 5000}.__getitem__)
+    reason = refusal(trio.flags(), capsys)[1]
+    assert re.search(r"[\d.]+ kB of memory are needed, and this machine has 5.0 kB", reason)
 
 
 class HeadersHub(Hub):
@@ -374,6 +380,18 @@ def test_what_is_here_is_not_downloaded_again(hub: Hub, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     missing = weight_bytes(hub.models[TUNED]) - weight_bytes(hub.models[TUNED], without=shard)
     assert [row["to download"] for row in tables(done.stdout)[0]] == ["no", size(missing)]
+
+
+def test_an_adapter_on_the_hub_is_one_unless_a_whole_model_is_there(hub: Hub, trio: Trio, tmp_path: Path) -> None:
+    adapter = contents(save_adapter(trio.base, tmp_path / "adapter"))
+    beside = {**hub.models[MAIN], "adapter_config.json": adapter["adapter_config.json"]}
+    hub.models = {MAIN: beside, TUNED: adapter}
+    done = plan_at(hub.url, tmp_path, "--target_model", "owner/model", "--tuned_model", "owner/model@v1")
+    models, *_ = tables(done.stdout)
+    assert [row["architecture"] for row in models] == ["MistralForCausalLM", "LoRA adapter"]
+    assert models[0]["to download"] == size(weight_bytes(beside))
+    assert done.returncode == 2
+    assert "was trained for another model" in done.stderr
 
 
 @pytest.mark.parametrize(

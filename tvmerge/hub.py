@@ -97,7 +97,8 @@ def describe(name: str, *, cache_dir: str | None = None) -> Description | None:
     from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError  # type: ignore[attr-defined]
 
     model = _download(name, repo=match["repo"], revision=match["revision"], cache_dir=cache_dir, weights=False)
-    if _has_weights(model.path) or (model.path / "adapter_config.json").is_file():
+    is_adapter = (model.path / "adapter_config.json").is_file() and not (model.path / "config.json").is_file()
+    if is_adapter or _has_weights(model.path):
         return Description(model, None, 0)
     try:
         found = get_safetensors_metadata(match["repo"], revision=model.revision)
