@@ -77,6 +77,17 @@ class MergeConfig:
         return [self.tuned_model] if isinstance(self.tuned_model, str) else list(self.tuned_model)
 
     @property
+    def models(self) -> dict[str, Any]:
+        """What `open_sources` takes."""
+        return {
+            "target": self.target_model,
+            "tuned": self.tuned_models,
+            "base": self.base_model,
+            "vocabulary": self.vocabulary,
+            "cache_dir": self.cache_dir,
+        }
+
+    @property
     def grouping(self) -> Grouping:
         """Which tensors share one weight.
 

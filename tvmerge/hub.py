@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,7 +97,8 @@ def describe(name: str, *, cache_dir: str | None = None) -> Description | None:
     from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError  # type: ignore[attr-defined]
 
     model = _download(name, repo=match["repo"], revision=match["revision"], cache_dir=cache_dir, weights=False)
-    if list(model.path.glob("*.safetensors")) or (model.path / "adapter_config.json").is_file():
+    is_adapter = (model.path / "adapter_config.json").is_file() and not (model.path / "config.json").is_file()
+    if is_adapter or _has_weights(model.path):
         return Description(model, None, 0)
     try:
         found = get_safetensors_metadata(match["repo"], revision=model.revision)
@@ -107,11 +109,22 @@ def describe(name: str, *, cache_dir: str | None = None) -> Description | None:
             f"model {name}: {_why_not(error, repo=match['repo'], revision=model.revision)}"
         ) from error
     tensors, nbytes = {}, 0
-    for file in found.files_metadata.values():
-        for tensor, entry in file.tensors.items():
+    for file, metadata in found.files_metadata.items():
+        is_here = (model.path / file).is_file()
+        for tensor, entry in metadata.tensors.items():
             tensors[tensor] = entry.dtype, tuple(entry.shape)
-            nbytes += entry.data_offsets[1] - entry.data_offsets[0]
+            nbytes += 0 if is_here else entry.data_offsets[1] - entry.data_offsets[0]
     return Description(model, tensors, nbytes)
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a snapshot holds all files of the weights; a download that was interrupted leaves some of them."""
+    here = {path.name for path in folder.glob("*.safetensors")}
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        return "model.safetensors" in here or {*index["weight_map"].values()} <= here
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):  # no index, or a bad one, which others refuse
+        return bool(here)
 
 
 def _why_not(error: Exception, *, repo: str, revision: str | None) -> str:

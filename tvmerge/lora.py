@@ -188,6 +188,11 @@ class LoraTaskVector(TaskVector):
         """Names of the tensors that the adapter changes, sorted."""
         return sorted({*self._factors, *self._whole})
 
+    @property
+    def whole_names(self) -> Sequence[str]:
+        """Names of those that it holds whole, for which it needs the base; sorted."""
+        return sorted(self._whole)
+
     def spec(self, name: str) -> TensorSpec:
         """The shape of the model's tensor, in float32."""
         if name not in self._factors and name not in self._whole:

@@ -13,7 +13,7 @@ from tvmerge.config import PlanConfig
 from tvmerge.errors import CheckpointError, IncompatibleError, InputError
 from tvmerge.files import check_writable, local_path
 from tvmerge.hub import describe, resolve
-from tvmerge.lora import Adapter, is_adapter
+from tvmerge.lora import Adapter, LoraTaskVector, is_adapter
 from tvmerge.merge import Merge
 from tvmerge.sources import Sources, open_sources
 from tvmerge.state_dict import TensorSpec
@@ -37,15 +37,10 @@ def plan(config: PlanConfig) -> None:
 
     try:
         check_writable(output)
-        sources = open_sources(
-            target=config.target_model,
-            tuned=config.tuned_models,
-            base=config.base_model,
-            vocabulary=config.vocabulary,
-            cache_dir=config.cache_dir,
-            open_model=open_model,
-        )
-        omit = _unread(sources)
+        sources = open_sources(**config.models, open_model=open_model)
+        from tvmerge.models.transformers import unread_by_all  # takes a second and a half: not before it is needed
+
+        omit = unread_by_all(sources.whole_models())
         merge = sources.merge(replace(config.merge_settings, omit=omit))
     except InputError:
         print(_table(_model_rows(opened)))
@@ -83,12 +78,6 @@ def open_header(name: str, *, cache_dir: str | None) -> tuple[Header, int]:
     return Header(model, specs), described.nbytes
 
 
-def _unread(sources: Sources) -> list[str]:
-    from tvmerge.models.transformers import unread_tensors  # a second and a half
-
-    return sorted({name for model in sources.whole_models() for name in unread_tensors(model)})
-
-
 def _model_rows(opened: Sequence[tuple[str, Header, int]]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         ("model", "architecture", "tensors", "parameters", "size", "dtype", "vocabulary", "to download")
@@ -104,7 +93,7 @@ def _model_rows(opened: Sequence[tuple[str, Header, int]]) -> list[tuple[str, ..
                 name,
                 _architecture(header),
                 str(len(specs)),
-                f"{sum(spec.size for spec in specs) / 1e9:.3f} B",
+                _count(sum(spec.size for spec in specs)),
                 _size(sum(spec.nbytes for spec in specs)),
                 ", ".join(sorted(sizes, key=lambda dtype: -sizes[dtype])),
                 _vocabulary(header),
@@ -142,19 +131,24 @@ def _needs(
     largest = max(spec.nbytes for spec in specs.values())
     changed = [name for name in specs if name in merge.weights_of]
     read = sum(merge.target.spec(name).nbytes for name in changed)
+    kept = 0
     for label, vector in merge.task_vectors.items():
         entry = next(entry for entry in sources.tuned if entry.label == label)
         names = set(vector.names) & set(changed)
-        read += sum(_stored(model, names) for model in (entry.tuned, entry.base) if model is not None)
+        tuned = _stored(entry.tuned, names)
+        kept += 0 if isinstance(vector, LoraTaskVector) else tuned
+        # Of an adapter's base only those tensors are read that the adapter holds whole.
+        needed = names & set(vector.whole_names) if isinstance(vector, LoraTaskVector) else names
+        read += tuned + (0 if entry.base is None else _stored(entry.base, needed))
     written = sum(specs[name].nbytes for name in changed)
-    kept = read - sum(merge.target.spec(name).nbytes for name in changed)
-    in_memory = live + (kept // 2 if config.delta_storage == "memory" else largest)
+    in_memory = live + (kept if config.delta_storage == "memory" else largest)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = shutil.disk_usage(next(path for path in (output, *output.resolve().parents) if path.is_dir())).free
     rows = [
         ("weights to search", f"{len(merge.weight_names)} ({', '.join(_few(merge.weight_names))})"),
         ("tensors that move", f"{len(changed)} of {len(specs)}"),
         ("tensors left out", f"{len(omit)} (duplicates of tied tensors, or not read by the model)"),
+        ("checks", "architecture, names, shapes, kinds, tied tensors, vocabulary: all fit"),
         ("largest tensor", _size(largest)),
         ("memory: live model and differences", f"{_size(in_memory)} of {_size(memory)} here"),
         ("disk: saved model", f"{_size(live)} of {_size(free)} free"),
@@ -176,6 +170,10 @@ def _stored(model: Header, names: set[str]) -> int:
 
 def _few(names: Sequence[str]) -> list[str]:
     return list(names) if len(names) <= 4 else [*names[:3], "...", names[-1]]
+
+
+def _count(n: int) -> str:
+    return f"{n / 1e9:.2f} B" if n >= 1e9 else f"{n / 1e6:.3f} M"
 
 
 def _size(n: int) -> str:

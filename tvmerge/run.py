@@ -18,7 +18,7 @@ from tvmerge.evaluators.lm_eval import HarnessModel, LmEvalEvaluator, load_tasks
 from tvmerge.files import check_writable, local_path, remove_staged, staged_directory, write_text
 from tvmerge.hub import ModelId
 from tvmerge.merge import Merge
-from tvmerge.models.transformers import TransformersModel, load_tokenizer, unread_tensors
+from tvmerge.models.transformers import TransformersModel, load_tokenizer, unread_by_all
 from tvmerge.progress import RunProgress
 from tvmerge.recipe import RECIPE_FILE, Recipe, library_versions, source_entries, write_model
 from tvmerge.report import Candidate, model_card, score_table, verdict
@@ -45,14 +45,8 @@ def jglue(config: JglueConfig) -> None:
     check_output(output)
     device = choose_device(config.device)
     questions = ask_tasks(config)
-    sources = open_sources(
-        target=config.target_model,
-        tuned=config.tuned_models,
-        base=config.base_model,
-        vocabulary=config.vocabulary,
-        cache_dir=config.cache_dir,
-    )
-    omit = sorted({name for model in sources.whole_models() for name in unread_tensors(model)})
+    sources = open_sources(**config.models)
+    omit = unread_by_all(sources.whole_models())
     settings = replace(config.merge_settings, omit=omit)
     merge = sources.merge(settings, keep=config.delta_storage == "memory")
     load_tokenizer(sources.target.model.path)
@@ -139,10 +133,13 @@ def open_study(
 ) -> MergeStudy:
     """Create or resume the study of a configuration, known by what it asks of which weights, not by their paths."""
     asked = [evaluator.fingerprint for evaluator in (questions.search, questions.heldout) if evaluator is not None]
+    several = len(sources.tuned) > 1  # then labels are in the weights' names
     identity = {
         **config.identity(),
         "target_model": _weights(sources.target),
-        "tuned_model": [f"{entry.label}: {_weights(entry.tuned)}" for entry in sources.tuned],
+        "tuned_model": [
+            f"{entry.label}: {_weights(entry.tuned)}" if several else _weights(entry.tuned) for entry in sources.tuned
+        ],
         "base_model": [None if entry.base is None else _weights(entry.base) for entry in sources.tuned],
         "questions": asked,
         "device": device.partition(":")[0],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import logging
 
 from tvmerge.checkpoint import Header
-from tvmerge.errors import CheckpointError
+from tvmerge.errors import CheckpointError, IncompatibleError
 from tvmerge.models.conversion import find_live_tensors
 from tvmerge.models.device import DeviceWriter
 from tvmerge.state_dict import StateDict
 
-__all__ = ["TransformersModel", "load_tokenizer", "unread_tensors"]
+__all__ = ["TransformersModel", "load_tokenizer", "unread_by_all", "unread_tensors"]
 
 
 def unread_tensors(checkpoint: Header) -> list[str]:
@@ -40,6 +40,24 @@ def unread_tensors(checkpoint: Header) -> list[str]:
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return [name for name in checkpoint.names if name not in read]
+
+
+def unread_by_all(models: Sequence[Header]) -> list[str]:
+    """The tensors that the models hold and do not read, which the merged model is not to hold; sorted.
+
+    Raises:
+        CheckpointError: transformers does not know a model, or its configuration asks for other shapes.
+        IncompatibleError: one model reads a tensor that another one holds and does not read, as a head that is tied.
+    """
+    unread_by = [frozenset(unread_tensors(model)) for model in models]
+    for model, unread in zip(models, unread_by, strict=True):
+        for other, unread_by_other in zip(models, unread_by, strict=True):
+            if differ := sorted((unread - unread_by_other) & set(other.names)):
+                raise IncompatibleError(
+                    f"{differ[0]} is in {model.model.name} and not read by it, perhaps because it is tied to another "
+                    f"tensor, but {other.model.name} reads it: all models of a merge must share one architecture"
+                )
+    return sorted(frozenset().union(*unread_by))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
