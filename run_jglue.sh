@@ -27,10 +27,13 @@ BATCH_SIZE=64                                           # requests that the mode
 CACHE_DIR="${HF_HUB_CACHE:-$HOME/.cache/huggingface/hub}" # models of the Hub
 OUTPUT_DIR=output
 
+tuned=(--tuned_model "${TUNED_MODEL[@]}")
+if [[ " $*" == *" --tuned_model"* ]]; then tuned=(); fi # a second one would be added to the first
+
 python -m tvmerge jglue \
   --target_model "$TARGET_MODEL" \
   --base_model "$BASE_MODEL" \
-  --tuned_model "${TUNED_MODEL[@]}" \
+  ${tuned[@]+"${tuned[@]}"} \
   --jglue_tasks "$JGLUE_TASKS" \
   --jglue_limit "$JGLUE_LIMIT" \
   --task_dir "$TASK_DIR" \

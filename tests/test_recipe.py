@@ -12,7 +12,7 @@ from conftest import Trio
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tvmerge.cli import main
-from tvmerge.errors import ConfigError, RecipeError, TvmergeError
+from tvmerge.errors import ConfigError, RecipeError, RunError, TvmergeError
 from tvmerge.recipe import Recipe, apply_recipe
 
 
@@ -59,8 +59,11 @@ def test_saving_and_loading_keeps_every_digit(trio: Trio, tmp_path: Path) -> Non
         ({"granularity": "layers"}, "unknown granularity 'layers', known are uniform, block:k, all, layer, parameter"),
         ({"method": "ties"}, "unknown method 'ties', known are task_arithmetic"),
         ({"weights": [1]}, "weights must map"),
-        ({"weights": {"layers.0": "1e3"}}, "the weight of layers.0 is '1e3'"),
+        ({"weights": {"layers.0": "1e3"}}, "the weight of layers.0 is 1e3, not a number that float32 can hold"),
         ({"weights": {"layers.0": float("nan")}}, "the weight of layers.0 is nan"),
+        ({"weights": {"layers.0": 10**400}}, "the weight of layers.0 is 1000.*, not a number that float32 can hold"),
+        ({"weights": {"layers.0": 1e39}}, "not a number that float32 can hold"),
+        ({"score": 5}, "score must be a mapping"),
         ({"weights": {"layers.0": True}}, "the weight of layers.0 is True"),
         ({"weights": {"layers.0": 1.0}}, "4 names differ, the first is embed_tokens"),
         ({"target": "x"}, "target must hold a model"),
@@ -141,7 +144,7 @@ def test_a_failure_while_writing_leaves_nothing(trio: Trio, tmp_path: Path, monk
 
     monkeypatch.setattr("tvmerge.recipe.copy_model_files", full_disk)
     recipe = written(tmp_path / "recipe.yaml", content(trio))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match="cannot be written, nothing was kept: No space"):
         apply_recipe(recipe, output=tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 

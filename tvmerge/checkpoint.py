@@ -92,10 +92,17 @@ class Checkpoint(Header):
         self._files = {file: _File(model.path / file) for file in _list_weights(model.path, single)}
         self._file_of = _locate_tensors(model.path, self._files, single)
         super().__init__(model, {name: self._files[file].spec(name) for name, file in self._file_of.items()})
-        self._state = {file: self._state_of(file) for file in self._files}
+        # Beside the weights, what an adapter's scale and a vocabulary's rows are read from.
+        others = [file for file in ("adapter_config.json", "tokenizer.json") if (model.path / file).is_file()]
+        self._state = {file: self._state_of(file) for file in (*self._files, *others)}
 
     def array(self, name: str, *, out: Array | None = None) -> Array:
-        """Read one tensor; without `out` it is a view of the mapped file."""
+        """Read one tensor; without `out` it is a view of the mapped file.
+
+        Raises:
+            CheckpointError: the file was changed. Reading what was cut off would end the process.
+        """
+        self._check_file(self._file_of[name])
         return deliver(self._files[self._file_of[name]].array(name), out)
 
     def version(self, name: str) -> Hashable:
@@ -112,16 +119,19 @@ class Checkpoint(Header):
         Raises:
             CheckpointError: with the file.
         """
-        for file, state in self._state.items():
-            try:
-                now = self._state_of(file)
-            except OSError:
-                now = (0, 0)
-            if now != state:
-                raise CheckpointError(
-                    f"{self.model.path / file}: was changed since this run opened it: put the old file back and run "
-                    "again, or begin a new run with the new one"
-                )
+        for file in self._state:
+            self._check_file(file)
+
+    def _check_file(self, file: str) -> None:
+        try:
+            now = self._state_of(file)
+        except OSError:
+            now = (0, 0)
+        if now != self._state[file]:
+            raise CheckpointError(
+                f"{self.model.path / file}: was changed since this run opened it: put the old file back and run "
+                "again, or begin a new run with the new one"
+            )
 
     @cached_property
     def fingerprint(self) -> str:
@@ -240,7 +250,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file, name the folder of a whole model") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object")

@@ -10,6 +10,7 @@ import gc
 import io
 import json
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -137,7 +138,7 @@ def _in_order(arguments: Sequence[str]) -> list[str]:
         elif flag.removeprefix("--") in LIST_SETTINGS and flag.startswith("--"):
             values = lists.setdefault(flag, [])
             values += [value] if separator else []
-            while not separator and waiting and not waiting[0].startswith("--"):
+            while not separator and waiting and not re.match("-+[a-zA-Z]", waiting[0]):
                 values.append(waiting.popleft())
         else:
             rest.append(argument)

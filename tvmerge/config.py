@@ -110,7 +110,7 @@ class MergeConfig:
     @property
     def merge_settings(self) -> MergeSettings:
         """How the models are put together, before it is known which tensors a model does not read."""
-        from tvmerge.sources import MergeSettings  # not before a command runs: it waits for torch
+        from tvmerge.sources import MergeSettings  # not before a command runs: --help must be fast
 
         dtype = None if self.dtype == "auto" else self.dtype
         return MergeSettings(grouping=self.grouping, dtype=dtype, vocabulary=self.vocabulary)

@@ -1,6 +1,7 @@
 """Differences of models that are not computed until they are added: target + Σ w·(minuend − subtrahend), rounded once.
 
-Sums accumulate in float64, or in float32 where one fused multiply-add gives the same bits. The loops are compiled, and
+Sums accumulate in float64, or in float32 where one fused multiply-add gives the same bits. A sum of 16 bits is rounded
+by way of float32, as torch does: it is within one unit in the last place of the exact one. The loops are compiled, and
 read and write every tensor once (kernels.py).
 """
 
@@ -27,8 +28,9 @@ PART = 1 << 22
 SMALL = 1 << 16
 #: Elements of a float64 accumulator, which stays in the second-level cache.
 ACCUMULATOR = 1 << 17
-#: A kept difference lists the elements that its dtype cannot hold, 8 bytes each. More than this share are not kept.
-LISTED = 1 / 8
+#: A kept difference lists the elements that its dtype cannot hold, 8 bytes each. More than this share are not kept:
+#: then reading both models is as fast, and needs no memory.
+LISTED = 1 / 32
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,11 @@ def keep_exactly(delta: Delta, dtype: Dtype) -> Delta:
     a, k = _flat(delta.minuend), _flat(kept)
     b = None if delta.subtrahend is None else _flat(delta.subtrahend)
     lists: dict[int, tuple[Array, Array]] = {}
+    n_listed = [0]
 
     def keep(i: int, j: int) -> None:
+        if n_listed[0] > LISTED * a.size:
+            return
         index, values = np.empty(j - i, np.int64), np.empty(j - i)
         difference = np.empty(j - i)
         kernels.widen(a[i:j], difference)
@@ -128,6 +133,7 @@ def keep_exactly(delta: Delta, dtype: Dtype) -> Delta:
             kernels.subtract(difference, b[i:j])
         n = kernels.keep(difference, k[i:j], index, values, i)
         lists[i] = index[:n].copy(), values[:n].copy()
+        n_listed[0] += n
 
     _in_parts(a.size, ACCUMULATOR, keep)
     if sum(len(index) for index, _ in lists.values()) > LISTED * a.size:
@@ -167,13 +173,13 @@ def together() -> Iterator[None]:
     are made of does not pile up in memory.
     """
     pending: deque[Future[None]] = deque()
-    _state.pending = pending
+    outer, _state.pending = getattr(_state, "pending", None), pending
     try:
         yield
         while pending:
             pending.popleft().result()
     finally:
-        _state.pending = None
+        _state.pending = outer
         # After an error: nothing may write any longer when the caller goes on.
         wait([future for future in pending if not future.cancel()])
 
@@ -216,8 +222,12 @@ def _in_parts(n: int, part: int, work: Callable[[int, int], None], *, overlap: b
         futures, most = pending, 4 * threads
     else:
         most = 0
-    while len(futures) > most:
-        futures.popleft().result()
+    try:
+        while len(futures) > most:
+            futures.popleft().result()
+    finally:
+        if not most:
+            wait([future for future in futures if not future.cancel()])
 
 
 def _flat(array: Array) -> Array:

@@ -33,8 +33,8 @@ class Grouping:
         """
         check_granularity(self.granularity)
         for name, pattern in (*self.weight_groups.items(), *(("freeze", pattern) for pattern in self.freeze)):
-            if not name or "/" in name:
-                raise ConfigError(f"weight group {name!r}: a name must not be empty and holds no slash")
+            if not name or "/" in name or name == "uniform":
+                raise ConfigError(f"weight group {name!r}: a name is not empty, holds no slash and is not 'uniform'")
             try:
                 re.compile(pattern)
             except re.error as error:

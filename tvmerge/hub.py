@@ -94,7 +94,7 @@ def describe(name: str, *, cache_dir: str | None = None) -> Description | None:
     if match is None or Path(name).exists():
         return None
     from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError  # type: ignore[attr-defined]
+    from huggingface_hub.errors import HTTPError, NotASafetensorsRepoError, SafetensorsParsingError  # type: ignore[attr-defined]
 
     model = _download(name, repo=match["repo"], revision=match["revision"], cache_dir=cache_dir, weights=False)
     is_adapter = (model.path / "adapter_config.json").is_file() and not (model.path / "config.json").is_file()
@@ -104,6 +104,10 @@ def describe(name: str, *, cache_dir: str | None = None) -> Description | None:
         found = get_safetensors_metadata(match["repo"], revision=model.revision)
     except NotASafetensorsRepoError as error:
         raise CheckpointError(f"model {name}: has no safetensors weights, and pickled ones are not loaded") from error
+    except SafetensorsParsingError as error:
+        raise CheckpointError(
+            f"model {name}: its weights have no whole header: {' '.join(str(error).split())}"
+        ) from error
     except (HTTPError, OSError) as error:
         raise CheckpointError(
             f"model {name}: {_why_not(error, repo=match['repo'], revision=model.revision)}"

@@ -85,9 +85,11 @@ def _from_float_for(value, like):
     if like == types.uint16:
 
         def round_to_bfloat16(value, like):
-            # A NaN stays one: widened from 16 bits, or made by arithmetic, it has zeros where the sum could carry.
             bits = _float_to_bits(np.float32(value))
-            return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+            rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            # The sum would carry the digits of some NaNs away, so that they became zeros.
+            is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            return np.uint16((bits >> np.uint32(16)) | np.uint32(0x40) if is_nan else rounded)
 
         return round_to_bfloat16
     if like == types.int16:

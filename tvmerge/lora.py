@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -75,6 +77,12 @@ class Adapter(Checkpoint):
         """The content of adapter_config.json."""
         return read_json(self.model.path / CONFIG)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the matrices and of what they are scaled by."""
+        scales = {key: self.config.get(key) for key in ("alpha_pattern", "fan_in_fan_out", "lora_alpha", "use_rslora")}
+        return hashlib.sha256(f"{super().fingerprint} {json.dumps(scales, sort_keys=True)}".encode()).hexdigest()[:16]
+
     @property
     def base_name(self) -> str | None:
         """The model that it was trained on, as its author named it."""
@@ -86,7 +94,7 @@ class Adapter(Checkpoint):
         settings = self.config
         patterns = settings.get("alpha_pattern") or {}
         alpha = next((patterns[key] for key in patterns if re.fullmatch(rf"(.*\.)?({key})", module)), None)
-        alpha = settings["lora_alpha"] if alpha is None else alpha
+        alpha = settings.get("lora_alpha", 8) if alpha is None else alpha  # 8 is PEFT's default
         return float(alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
 
 
@@ -130,10 +138,19 @@ class LoraTaskVector(TaskVector):
         factor = _FACTOR.fullmatch(inner)
         if factor:
             tensor = self._find(f"{factor['module']}.weight")
+            if self._modules.setdefault(tensor, factor["module"]) != factor["module"]:
+                self._refuse_twice(tensor)
             self._factors.setdefault(tensor, {})[factor["factor"]] = name
-            self._modules[tensor] = factor["module"]
-        elif ".base_layer." not in inner:  # that is the base itself, saved beside
-            self._whole[self._find(inner)] = name
+        elif not inner.endswith(".base_layer.weight"):  # that is the base itself, saved beside
+            tensor = self._find(inner.replace(".base_layer.", "."))  # a trained bias
+            if self._whole.setdefault(tensor, name) != name:
+                self._refuse_twice(tensor)
+
+    def _refuse_twice(self, tensor: str) -> None:
+        raise IncompatibleError(
+            f"the adapter {self._adapter.model.name} changes two tensors that can only be {tensor} here: "
+            f"it was trained for another model{_named(self._adapter.base_name)}"
+        )
 
     def _find(self, name: str) -> str:
         """The tensor of the reference that an adapter means, where a model class may spell its prefix differently."""
@@ -162,14 +179,18 @@ class LoraTaskVector(TaskVector):
         if len(shape) != 2 or len(a) != 2 or len(b) != 2:
             raise IncompatibleError(f"{where}: changes {tensor}, which is no matrix: only linear layers can be merged")
         product = (b[0], a[1])
-        if (product[::-1] if self._is_transposed(tensor) else product) != shape or a[0] != b[1]:
+        if (product[::-1] if self._is_transposed(tensor) else product) != shape or a[0] != b[1] or not a[0]:
             raise IncompatibleError(
                 f"{where}: changes {tensor} as one of shape {list(product)}, where the model's is {list(shape)}: it "
                 f"was trained for another model{_named(self._adapter.base_name)}"
             )
 
     def _is_transposed(self, tensor: str) -> bool:
-        return bool(self._adapter.config.get("fan_in_fan_out")) != ("lora_embedding_" in self._factors[tensor]["A"])
+        a, b = (self._adapter.spec(self._factors[tensor][factor]).shape for factor in "AB")
+        if "lora_embedding_" in self._factors[tensor]["A"]:
+            return True
+        # One flag for all layers, of which some may be of the other kind.
+        return bool(self._adapter.config.get("fan_in_fan_out")) and self._shapes[tensor] == (a[1], b[0])
 
     def check_base(self) -> None:
         """Refuse whole tensors without the base that they were trained from.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
@@ -18,7 +17,15 @@ from tvmerge.files import check_writable, local_path, staged_directory, write_te
 from tvmerge.granularity import Grouping
 from tvmerge.merge import MergedStateDict
 from tvmerge.methods import METHODS
-from tvmerge.sources import MergeSettings, Sources, TunedModel, check_finite, open_checkpoint
+from tvmerge.sources import (
+    MergeSettings,
+    Sources,
+    TunedModel,
+    check_entry,
+    check_finite,
+    check_whole,
+    open_checkpoint,
+)
 from tvmerge.state_dict import DTYPES
 from tvmerge.vocabulary import VOCABULARIES
 from tvmerge.writer import NotFiniteError, copy_model_files, write_config, write_weights
@@ -26,6 +33,8 @@ from tvmerge.writer import NotFiniteError, copy_model_files, write_config, write
 __all__ = ["RECIPE_FILE", "Recipe", "apply_recipe", "library_versions", "source_entries", "write_model"]
 
 RECIPE_FILE = "recipe.yaml"
+#: Weights are float32 numbers.
+LARGEST_WEIGHT = 3e38
 
 #: {model: folder or Hub id, revision: commit or null, fingerprint}
 Source = Mapping[str, str | None]
@@ -95,13 +104,18 @@ class Recipe:
         ):
             if not isinstance(value, (str, type(None))) or value not in known:
                 raise RecipeError(f"{path}: unknown {key} {value!r}, known are {', '.join(filter(None, known))}")
+        for key in ("score", "versions"):
+            if not isinstance(getattr(self, key), dict):
+                raise RecipeError(f"{path}: {key} must be a mapping")
         if not isinstance(self.weights, dict):
             raise RecipeError(f"{path}: weights must map weight names to numbers")
         for name, weight in self.weights.items():
             if not isinstance(name, str):
                 raise RecipeError(f"{path}: {name!r} is no name of a weight")
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-                raise RecipeError(f"{path}: the weight of {name} is {weight!r}, not a finite number")
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not abs(weight) < LARGEST_WEIGHT:
+                raise RecipeError(
+                    f"{path}: the weight of {name} is {str(weight)[:40]}, not a number that float32 can hold"
+                )
 
     def _check_sources(self, path: Path) -> None:
         if not isinstance(self.task_vectors, list) or not self.task_vectors:
@@ -160,7 +174,11 @@ class Recipe:
             )
             for entry in self.task_vectors
         ]
-        return Sources(target=opened[str(self.target)], tuned=entries)
+        target = opened[str(self.target)]
+        check_whole(target, role="target")
+        for entry in entries:
+            check_entry(target, entry, self.vocabulary)
+        return Sources(target=target, tuned=entries)
 
     def rebuild(self, sources: Sources) -> MergedStateDict:
         """The merged model that the recipe describes.
@@ -214,7 +232,12 @@ def source_entries(sources: Sources) -> dict[str, Any]:
 
 def library_versions() -> dict[str, str]:
     """The versions that a rebuilt model and its score depend on."""
-    return {name: version(name) for name in ("torch", "transformers", "safetensors", "lm-eval", "optuna", "cmaes")}
+    return {
+        name: version(name)
+        for name in (
+            *("numpy", "numba", "ml_dtypes", "safetensors", "torch", "transformers", "lm-eval", "optuna", "cmaes"),
+        )
+    }
 
 
 def write_model(recipe: Recipe, sources: Sources, folder: Path) -> None:
@@ -232,18 +255,18 @@ def write_model(recipe: Recipe, sources: Sources, folder: Path) -> None:
     sources.check_unchanged()
     try:
         write_weights(recipe.rebuild(sources), folder)
+        sources.check_unchanged()
+        copy_model_files(sources.target.model.path, folder)
+        if recipe.dtype is not None:
+            write_config(folder, dtype=recipe.dtype)
+        recipe.save(folder / RECIPE_FILE)
     except NotFiniteError as error:
         check_finite(sources, omit=recipe.omit)
         raise RunError(
-            f"{error}: merged values are too large for its dtype: save with --dtype bfloat16, or use smaller weights"
+            f"{error}: merged values are too large for its dtype: use smaller weights, or --dtype bfloat16 or float32"
         ) from error
     except OSError as error:
-        raise RunError(f"{folder.parent}: cannot be written, nothing was kept: {error.strerror}") from error
-    sources.check_unchanged()
-    copy_model_files(sources.target.model.path, folder)
-    if recipe.dtype is not None:
-        write_config(folder, dtype=recipe.dtype)
-    recipe.save(folder / RECIPE_FILE)
+        raise RunError(f"{folder.parent}: cannot be written, nothing was kept: {error.strerror or error}") from error
 
 
 def apply_recipe(path: Path, *, output: Path, dtype: str | None = None, cache_dir: str | None = None) -> None:

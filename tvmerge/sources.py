@@ -17,7 +17,16 @@ from tvmerge.state_dict import DTYPES, MERGEABLE_DTYPES, StateDict, Without, che
 from tvmerge.task_vector import Difference, KeptTaskVector, TaskVector
 from tvmerge.vocabulary import Aligned, Rows, align_rows, check_same_vocabulary
 
-__all__ = ["MergeSettings", "Sources", "TunedModel", "check_finite", "open_checkpoint", "open_sources"]
+__all__ = [
+    "MergeSettings",
+    "Sources",
+    "TunedModel",
+    "check_entry",
+    "check_finite",
+    "check_whole",
+    "open_checkpoint",
+    "open_sources",
+]
 
 
 @dataclass(frozen=True)
@@ -108,16 +117,19 @@ class Sources:
         return Difference(tuned=tuned, base=base_model)
 
     def _rows(self, entry: TunedModel, settings: MergeSettings) -> Sequence[Rows | None]:
-        if settings.vocabulary == "same" or entry.base is None:
+        if settings.vocabulary == "same" or entry.base is None or isinstance(entry.tuned, Adapter):
             return (None, None)
         whose = (str(entry), f"the base model {entry.base.model.name}")
         return align_rows(self.target, (entry.tuned, entry.base), whose=whose)
 
     def tuned_state_dict(self, entry: TunedModel, settings: MergeSettings) -> StateDict | None:
         """A tuned model itself, to compare with; None if it is not of the target's shapes or needs an unknown base."""
+        target = Without(self.target, settings.omit)
         if entry.base is None or any(self._rows(entry, settings)):
             return None
         base = Without(entry.base, settings.omit)
+        if any(name not in base.names or base.spec(name).shape != target.spec(name).shape for name in target.names):
+            return None  # the base of an adapter, which need not be like the target in all
         if not isinstance(entry.tuned, Adapter):
             return Without(entry.tuned, settings.omit)
         vector = LoraTaskVector(adapter=entry.tuned, reference=base, base=base)
@@ -178,11 +190,16 @@ def open_sources(
                 f"--tuned_model {own}: needs the model it was tuned from, as --base_model or as {own}:base"
             )
         entries.append(TunedModel(label, model, None if base_name is None else once(base_name)))
-        _check_entry(sources.target, entries[-1], vocabulary)
+        check_entry(sources.target, entries[-1], vocabulary)
     return sources
 
 
-def _check_entry(target: Header, entry: TunedModel, vocabulary: str) -> None:
+def check_entry(target: Header, entry: TunedModel, vocabulary: str) -> None:
+    """Refuse models that cannot be merged however they are grouped.
+
+    Raises:
+        IncompatibleError: quantized weights, an adapter where none can be, another vocabulary.
+    """
     if entry.base is not None:
         check_whole(entry.base, role="base")
         if isinstance(entry.tuned, Adapter):

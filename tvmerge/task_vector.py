@@ -82,6 +82,7 @@ class KeptTaskVector(TaskVector):
     def __init__(self, task_vector: Difference) -> None:
         self._task_vector = task_vector
         self._kept: dict[str, Delta] = {}
+        self._not_worth_it: set[str] = set()
 
     @property
     def names(self) -> Sequence[str]:
@@ -94,10 +95,13 @@ class KeptTaskVector(TaskVector):
 
     def delta(self, name: str) -> Delta:
         """The tensor in the dtype of the tuned model, with the list of what that dtype cannot hold."""
+        if name in self._not_worth_it:
+            return self._task_vector.delta(name)
         if name not in self._kept:
             delta = self._task_vector.delta(name)
             kept = keep_exactly(delta, delta.minuend.dtype)
             if kept is delta:
+                self._not_worth_it.add(name)
                 return delta
             self._kept[name] = kept
         return self._kept[name]

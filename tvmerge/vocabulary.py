@@ -45,13 +45,15 @@ def _vocabulary(folder: Path, *, added: bool = False) -> dict[str, int] | None:
     if not path.is_file():
         return None
     content = read_json(path)
-    vocabulary = content.get("model", {}).get("vocab")
-    if isinstance(vocabulary, list):  # a unigram model: [token, score] pairs, in the order of their ids
-        vocabulary = {str(entry[0]): index for index, entry in enumerate(vocabulary)}
-    if not isinstance(vocabulary, dict):
+    try:
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, list):  # a unigram model: [token, score] pairs, in the order of their ids
+            vocabulary = {str(entry[0]): index for index, entry in enumerate(vocabulary)}
+        tokens = content.get("added_tokens") or [] if added else []
+        found = {**vocabulary, **{str(token["content"]): token["id"] for token in tokens}}
+    except (KeyError, TypeError, IndexError):  # none that can be read here
         return None
-    tokens = content.get("added_tokens") or [] if added else []
-    return {**vocabulary, **{token["content"]: token["id"] for token in tokens}}
+    return found if all(isinstance(index, int) for index in found.values()) else None
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,7 @@ def write_config(folder: Path, *, dtype: str) -> None:
 
     def rename(part: dict[str, Any]) -> None:
         for key, value in part.items():
-            if key in {"dtype", "torch_dtype"} and isinstance(value, str):
+            if key in {"dtype", "torch_dtype"} and isinstance(value, (str, type(None))):
                 part[key] = dtype
             elif isinstance(value, dict):
                 rename(value)
