@@ -15,7 +15,7 @@ from tvmerge.files import check_writable, local_path
 from tvmerge.hub import describe, resolve
 from tvmerge.lora import Adapter, LoraTaskVector, is_adapter
 from tvmerge.merge import Merge
-from tvmerge.sources import Sources, open_sources, unread
+from tvmerge.sources import Sources, open_sources
 from tvmerge.state_dict import TensorSpec
 
 __all__ = ["plan"]
@@ -45,7 +45,9 @@ def plan(config: PlanConfig) -> None:
             cache_dir=config.cache_dir,
             open_model=open_model,
         )
-        omit = unread(sources)
+        from tvmerge.models.transformers import unread_by_all  # a second and a half
+
+        omit = unread_by_all(sources.whole_models())
         merge = sources.merge(replace(config.merge_settings, omit=omit))
     except InputError:
         print(_table(_model_rows(opened)))

@@ -17,12 +17,12 @@ from tvmerge.evaluators.lm_eval import HarnessModel, LmEvalEvaluator, load_tasks
 from tvmerge.files import check_writable, local_path, remove_staged, staged_directory, write_text
 from tvmerge.hub import ModelId
 from tvmerge.merge import Merge
-from tvmerge.models.transformers import TransformersModel, load_tokenizer
+from tvmerge.models.transformers import TransformersModel, load_tokenizer, unread_by_all
 from tvmerge.progress import RunProgress
 from tvmerge.recipe import RECIPE_FILE, Recipe, library_versions, source_entries, write_model
 from tvmerge.report import Candidate, model_card, score_table, verdict
 from tvmerge.search import uniform_weights
-from tvmerge.sources import MergeSettings, Sources, check_finite, open_sources, unread
+from tvmerge.sources import MergeSettings, Sources, check_finite, open_sources
 from tvmerge.state_dict import StateDict
 from tvmerge.study import STORAGE_ERRORS, MergeStudy, TrialResult
 from tvmerge.writer import model_files
@@ -48,7 +48,7 @@ def jglue(config: JglueConfig) -> None:
         vocabulary=config.vocabulary,
         cache_dir=config.cache_dir,
     )
-    omit = unread(sources)
+    omit = unread_by_all(sources.whole_models())
     settings = replace(config.merge_settings, omit=omit)
     merge = sources.merge(settings, keep=config.delta_storage == "memory")
     load_tokenizer(sources.target.model.path)

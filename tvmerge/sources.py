@@ -17,7 +17,7 @@ from tvmerge.state_dict import DTYPES, MERGEABLE_DTYPES, StateDict, Without, che
 from tvmerge.task_vector import Difference, KeptTaskVector, TaskVector
 from tvmerge.vocabulary import Aligned, Rows, align_rows, check_same_vocabulary
 
-__all__ = ["MergeSettings", "Sources", "TunedModel", "check_finite", "open_checkpoint", "open_sources", "unread"]
+__all__ = ["MergeSettings", "Sources", "TunedModel", "check_finite", "open_checkpoint", "open_sources"]
 
 
 @dataclass(frozen=True)
@@ -220,27 +220,6 @@ def unique_labels(names: Sequence[str]) -> list[str]:
             label, n = f"{last}#{n}", n + 1
         labels.append(label)
     return labels
-
-
-def unread(sources: Sources) -> list[str]:
-    """The tensors that the models hold and do not read, which the merged model is not to hold; sorted.
-
-    Raises:
-        CheckpointError: transformers does not know a model, or its configuration asks for other shapes.
-        IncompatibleError: one model reads a tensor that another one holds and does not read, as a head that is tied.
-    """
-    from tvmerge.models.transformers import unread_tensors  # a second and a half
-
-    models = sources.whole_models()
-    unread_by = [frozenset(unread_tensors(model)) for model in models]
-    for model, unread in zip(models, unread_by, strict=True):
-        for other, unread_by_other in zip(models, unread_by, strict=True):
-            if differ := sorted((unread - unread_by_other) & set(other.names)):
-                raise IncompatibleError(
-                    f"{differ[0]} is in {model.model.name} and not read by it, perhaps because it is tied to another "
-                    f"tensor, but {other.model.name} reads it: all models of a merge must share one architecture"
-                )
-    return sorted(frozenset().union(*unread_by))
 
 
 def check_finite(sources: Sources, omit: Sequence[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.utils import logging
 
 from tvmerge.checkpoint import Header
-from tvmerge.errors import CheckpointError
+from tvmerge.errors import CheckpointError, IncompatibleError
 from tvmerge.models.conversion import find_live_tensors
 from tvmerge.state_dict import StateDict
 
-__all__ = ["TransformersModel", "load_tokenizer", "unread_tensors"]
+__all__ = ["TransformersModel", "load_tokenizer", "unread_by_all", "unread_tensors"]
 
 
 def unread_tensors(checkpoint: Header) -> list[str]:
@@ -39,6 +39,24 @@ def unread_tensors(checkpoint: Header) -> list[str]:
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     return [name for name in checkpoint.names if name not in read]
+
+
+def unread_by_all(models: Sequence[Header]) -> list[str]:
+    """The tensors that models of a merge hold and do not read, which the merged one is not to hold; sorted.
+
+    Raises:
+        CheckpointError: as `unread_tensors`.
+        IncompatibleError: one model reads a tensor that another one holds and does not read, as a head that is tied.
+    """
+    unread = [frozenset(unread_tensors(model)) for model in models]
+    for model, ours in zip(models, unread, strict=True):
+        for other, theirs in zip(models, unread, strict=True):
+            if differ := sorted((ours - theirs) & set(other.names)):
+                raise IncompatibleError(
+                    f"{differ[0]} is in {model.model.name} and not read by it, perhaps because it is tied to another "
+                    f"tensor, but {other.model.name} reads it: all models of a merge must share one architecture"
+                )
+    return sorted(frozenset[str]().union(*unread))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
