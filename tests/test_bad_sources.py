@@ -133,6 +133,15 @@ def test_values_too_large_for_float16_models_end_an_apply(
     assert listing(tmp_path) == before
 
 
+def test_a_trial_whose_values_are_too_large_for_the_dtype_fails_and_is_never_the_best(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large = ("--dtype", "float16", "--weight_max", "100000000", "--n_trials", "9")
+    assert main(flags(trio, tmp_path / "out", "--optimize_mode", "uniform", *large)) == 0
+    assert "trial 7: RunError: no question of a task could be scored" in capsys.readouterr().err
+    assert [number for number, *_ in trials(tmp_path / "out")] == list(range(7))
+
+
 def test_an_adapter_for_another_base_is_refused(trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     same_shapes = save_adapter(trio.tuned, tmp_path / "same")
     wide = save_adapter(save_mistral(tmp_path / "wide", seed=0, hidden_size=32), tmp_path / "on wide")

@@ -228,8 +228,10 @@ class LmEvalEvaluator:
         # Position in `samples`, not the index: the iterator counts from 0 over the questions that were asked for.
         for position, doc in task.doc_iterator(samples=questions):
             instances = sorted(by_question[position], key=lambda instance: instance.idx)
-            metrics = task.process_results(doc, [instance.filtered_resps[key] for instance in instances])
-            scores.append(QuestionScore(task=name, question=questions[position], score=_accuracy(metrics)))
+            answers = [instance.filtered_resps[key] for instance in instances]
+            # Of likelihoods that are no numbers lm-eval takes the first as the greatest.
+            score = None if any(map(_is_nan, answers)) else _accuracy(task.process_results(doc, answers))
+            scores.append(QuestionScore(task=name, question=questions[position], score=score))
         return scores
 
 
@@ -240,6 +242,11 @@ def _accuracy(metrics: Mapping[str, Any]) -> float | None:
             value = float(metrics[metric])
             return value if math.isfinite(value) else None
     return None
+
+
+def _is_nan(answer: Any) -> bool:
+    """Whether a model's answer is a log-likelihood that is no number."""
+    return isinstance(answer, tuple) and isinstance(answer[0], float) and math.isnan(answer[0])
 
 
 def _one_line(error: Exception) -> str:
