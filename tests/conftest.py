@@ -17,6 +17,10 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from tvmerge.checkpoint import Checkpoint
+from tvmerge.hub import resolve
+from tvmerge.writer import write_weights
+
 ROOT = Path(__file__).parent.parent
 TASKS = Path(__file__).parent / "tasks"
 CHARACTERS = "abcdefghij 東京タワー。\n"
@@ -74,6 +78,17 @@ def save_mistral(folder: Path, *, seed: int, drift_from: Path | None = None, **c
     model.to(torch.bfloat16).save_pretrained(folder)
     save_tokenizer(folder)
     return folder
+
+
+def reshard(folder: Path, *, shard_bytes: int) -> None:
+    """Split a model's one file of weights into shards."""
+    whole, shards = folder / "model.safetensors", folder / "shards"
+    shards.mkdir()
+    write_weights(Checkpoint(resolve(str(folder))), shards, shard_bytes=shard_bytes)
+    whole.unlink()
+    for path in shards.iterdir():
+        path.rename(folder / path.name)
+    shards.rmdir()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -110,7 +110,7 @@ def test_values_too_large_for_the_dtype_end_an_apply(
         captured = capsys.readouterr()
         assert (name, status) == (name, 1 if name == "cast" else 0)
         if status:
-            assert_one_line(captured.err, r"\.weight: merged values are too large for its dtype: save with --dtype")
+            assert_one_line(captured.err, r"\.weight: merged values are too large for its dtype")
             assert captured.out == ""
             assert listing(tmp_path / name) == {"recipe.yaml"}
 

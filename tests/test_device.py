@@ -80,7 +80,7 @@ def test_what_is_no_merge_is_streamed_and_another_merge_takes_its_place(models: 
 def test_what_does_not_fit_is_not_kept_there(models: dict[str, Checkpoint]) -> None:
     merge = merge_of(models, "tuned")
     needed = 2 * sum(merge.spec(name).nbytes for name in merge.target.names)
-    for room, fits in ((int(needed * 1.06), True), (needed, False)):
+    for room, fits in ((int(needed * 1.11), True), (needed, False)):
         writer = DeviceWriter(torch.device("cpu"), room=room)
         writer.write(merge.at(dict.fromkeys(merge.weight_names, 0.5)), views_of(merge))
         assert (writer._resident is not None) == fits

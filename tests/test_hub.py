@@ -18,13 +18,12 @@ from urllib.parse import unquote
 
 import pytest
 import torch
-from conftest import ROOT, save_mistral
+from conftest import ROOT, reshard, save_mistral
 from safetensors.torch import load
 from torch import Tensor
 
 from tvmerge.checkpoint import Checkpoint
-from tvmerge.hub import ModelId, resolve
-from tvmerge.writer import write_weights
+from tvmerge.hub import ModelId
 
 MAIN, TUNED, NOWHERE = (hashlib.sha1(name).hexdigest() for name in (b"main", b"tuned", b"nowhere"))
 REVISIONS = {"main": MAIN, "v1": TUNED, "refs/pr/1": TUNED, MAIN: MAIN, TUNED: TUNED}
@@ -126,9 +125,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, byte
     root = tmp_path_factory.mktemp("models")
     main = save_mistral(root / "main", seed=3)
     tuned = save_mistral(root / "tuned", seed=4, drift_from=main)
-    checkpoint = Checkpoint(resolve(str(tuned)))
-    (tuned / "model.safetensors").unlink()  # and stays mapped
-    write_weights(checkpoint, tuned, shard_bytes=4000)
+    reshard(tuned, shard_bytes=4000)
     return {MAIN: contents(main), TUNED: contents(tuned)}
 
 

@@ -31,7 +31,9 @@ def commands(text: str) -> list[str]:
 
 
 def table(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line.startswith("| ") and ("toy_" in line or "target" in line)]
+    shown = re.search(r"<!-- table -->\n(.*?)\n<!-- /table -->", text, flags=re.DOTALL)
+    assert shown is not None
+    return shown[1].splitlines()
 
 
 @pytest.fixture(scope="module")

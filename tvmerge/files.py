@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tvmerge.errors import ConfigError
 
-__all__ = ["check_writable", "local_path", "remove_staged", "staged_directory", "write_text"]
+__all__ = ["check_output", "check_writable", "local_path", "remove_staged", "staged_directory", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -96,6 +96,17 @@ def check_writable(directory: Path) -> None:
         raise ConfigError(f"--output_dir {directory}: {existing} is a file, name a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"--output_dir {directory}: no permission to write in {existing}")
+
+
+def check_output(directory: Path) -> None:
+    """Refuse a run's folder that cannot be written, or whose `best` is not ours to replace.
+
+    Raises:
+        ConfigError: with the folder.
+    """
+    check_writable(directory)
+    if (directory / "best").exists() and not (directory / "study.db").exists():
+        raise ConfigError(f"--output_dir {directory}: holds a 'best' that no study made, name another folder")
 
 
 def _finish(staging: Path) -> None:

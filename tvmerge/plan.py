@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from huggingface_hub.constants import HF_HUB_CACHE
+
 from tvmerge.checkpoint import SAFETENSORS_DTYPES, Checkpoint, Header
 from tvmerge.config import PlanConfig
 from tvmerge.errors import CheckpointError, IncompatibleError, InputError
-from tvmerge.files import check_writable, local_path
+from tvmerge.files import check_output, local_path
 from tvmerge.hub import describe, resolve
 from tvmerge.lora import Adapter, LoraTaskVector, is_adapter
 from tvmerge.merge import Merge
@@ -36,10 +38,12 @@ def plan(config: PlanConfig) -> None:
         return header
 
     try:
-        check_writable(output)
+        check_output(output)
         sources = open_sources(**config.models, open_model=open_model)
-        from tvmerge.models.transformers import unread_by_all  # takes a second and a half: not before it is needed
+        # Takes a second and a half: not before it is needed.
+        from tvmerge.models.transformers import load_tokenizer, unread_by_all
 
+        load_tokenizer(sources.target.model.path)
         omit = unread_by_all(sources.whole_models())
         merge = sources.merge(replace(config.merge_settings, omit=omit))
     except InputError:
@@ -143,7 +147,8 @@ def _needs(
     written = sum(specs[name].nbytes for name in changed)
     in_memory = live + (kept if config.delta_storage == "memory" else largest)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = shutil.disk_usage(next(path for path in (output, *output.resolve().parents) if path.is_dir())).free
+    free = _free(output)
+    cache_free = _free(Path(config.cache_dir or HF_HUB_CACHE)) if missing else free
     rows = [
         ("weights to search", f"{len(merge.weight_names)} ({', '.join(_few(merge.weight_names))})"),
         ("tensors that move", f"{len(changed)} of {len(specs)}"),
@@ -152,15 +157,22 @@ def _needs(
         ("largest tensor", _size(largest)),
         ("memory: live model and differences", f"{_size(in_memory)} of {_size(memory)} here"),
         ("disk: saved model", f"{_size(live)} of {_size(free)} free"),
-        ("disk: downloads", _size(missing) if missing else "none"),
+        ("disk: downloads", f"{_size(missing)} of {_size(cache_free)} free" if missing else "none"),
         ("bytes per trial", f"{_size(read)} read, {_size(written)} written"),
     ]
     problems = []
-    if live + missing > free:
-        problems.append(f"{_size(live + missing)} are needed on the disk of {output}, and {_size(free)} are free")
+    if live > free:
+        problems.append(f"{_size(live)} are needed on the disk of {output}, and {_size(free)} are free")
+    if missing > cache_free:
+        problems.append(f"{_size(missing)} are to be downloaded, and {_size(cache_free)} are free in the Hub's cache")
     if in_memory > memory:
         problems.append(f"{_size(in_memory)} of memory are needed, and this machine has {_size(memory)}")
     return rows, problems
+
+
+def _free(folder: Path) -> int:
+    """Bytes that are free where a folder is or would be."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.is_dir())).free
 
 
 def _stored(model: Header, names: set[str]) -> int:

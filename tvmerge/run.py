@@ -15,7 +15,7 @@ from tvmerge.config import JglueConfig
 from tvmerge.errors import CheckpointError, ConfigError, RecipeError, RunError
 from tvmerge.evaluators import Evaluator, QuestionScore, mean_score, task_scores
 from tvmerge.evaluators.lm_eval import HarnessModel, LmEvalEvaluator, load_tasks, split_questions
-from tvmerge.files import check_writable, local_path, remove_staged, staged_directory, write_text
+from tvmerge.files import check_output, local_path, remove_staged, staged_directory, write_text
 from tvmerge.hub import ModelId
 from tvmerge.merge import Merge
 from tvmerge.models.transformers import TransformersModel, load_tokenizer, unread_by_all
@@ -69,13 +69,6 @@ def jglue(config: JglueConfig) -> None:
         raise RunError(f"{output / 'study.db'}: cannot be written ({reason}): the same command goes on") from error
     finally:
         study.close()
-
-
-def check_output(output: Path) -> None:
-    """Refuse an output folder that cannot be written, or whose `best` is not ours to replace."""
-    check_writable(output)
-    if (output / "best").exists() and not (output / "study.db").exists():
-        raise ConfigError(f"--output_dir {output}: holds a 'best' that no study made, name another folder")
 
 
 def choose_device(name: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tvmerge.delta import Delta, keep_exactly
+from tvmerge.lora import LoraTaskVector
 from tvmerge.merge import Merge, MergedStateDict
 from tvmerge.state_dict import StateDict, TensorSpec, as_array, as_tensor
 
@@ -74,10 +75,15 @@ class DeviceWriter:
             state_dict: what to read.
             views: tensor name and where it goes.
         """
+        views = list(views)
         if isinstance(state_dict, MergedStateDict) and self._is_resident(state_dict.merge):
-            for name, view in views:
-                self._write_resident(state_dict, name, view)
-            return
+            try:
+                for name, view in views:
+                    self._write_resident(state_dict, name, view)
+                return
+            except torch.OutOfMemoryError:  # there was less room than it seemed
+                self._resident = None
+                torch.cuda.empty_cache()
         for n, (name, view) in enumerate(views):
             room = self._next_room(n, view)
             room.wait()
@@ -100,12 +106,7 @@ class DeviceWriter:
     def _is_resident(self, merge: Merge) -> bool:
         if merge is not self._merge:
             self._merge, self._resident = merge, None
-            specs = [(name, merge.target.spec(name)) for name in merge.weights_of]
-            needed = sum(spec.nbytes * (1 + len(merge.weights_of[name])) for name, spec in specs)
-            room = self._room
-            if room is None:
-                room = torch.cuda.mem_get_info(self._device)[0] - RESERVE if self._device.type == "cuda" else 0
-            if needed * 1.05 < room:  # the lists of differences take a little more
+            if _needed(merge) < (_free(self._device) - RESERVE if self._room is None else self._room):
                 self._resident = {}
         return self._resident is not None
 
@@ -123,6 +124,27 @@ class DeviceWriter:
             if label not in known:
                 known[label] = _Term.of(state_dict.merge.task_vectors[label].delta(name), self._device)
         _sum(target, [(known[label], weight) for label, weight in terms], view, _torch_dtype(state_dict.spec(name)))
+
+
+def _needed(merge: Merge) -> float:
+    """Bytes that targets and differences take on a device, with a little more for the lists of what is not exact."""
+    total = 0.0
+    for name, weights in merge.weights_of.items():
+        spec = merge.target.spec(name)
+        total += spec.nbytes
+        for label, _ in weights:
+            vector = merge.task_vectors[label]
+            # A product of an adapter's matrices is float64.
+            total += 8 * spec.size if isinstance(vector, LoraTaskVector) else 1.2 * spec.nbytes
+    return total
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a device that are free, or kept by torch for what comes next."""
+    if device.type != "cuda":
+        return 0
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def _sum(target: Tensor, terms: list[tuple[_Term, float]], view: Tensor, dtype: torch.dtype) -> None:
