@@ -198,3 +198,19 @@ def test_sums_together_are_complete_at_the_end_and_not_later_than_an_error() -> 
     after = [out.clone() for out in outs]
     time.sleep(0.05)
     assert all(torch.equal(out, kept) for out, kept in zip(outs, after, strict=True))
+
+
+@pytest.mark.parametrize("source", DTYPES)
+@pytest.mark.parametrize("out", DTYPES)
+def test_nans_of_every_kind_stay(source: torch.dtype, out: torch.dtype) -> None:
+    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[source.itemsize]
+    largest = torch.iinfo(width).max  # all ones but the sign
+    bits = torch.tensor([-1, largest, largest - 1], dtype=width)
+    nans = bits.view(source)
+    assert bool(nans.isnan().all())
+    ones = torch.ones(3, dtype=source)
+    for a, b in ((nans, ones), (ones, nans)):
+        result = add_deltas(ones, [difference(a, b)], [0.5], out=torch.empty(3, dtype=out))
+        assert bool(result.isnan().all())
+    assert bool(add_deltas(nans, [difference(ones, ones)], [0.5], out=torch.empty(3, dtype=out)).isnan().all())
+    assert not all_finite(nans)

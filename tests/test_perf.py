@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,14 +17,15 @@ SCRIPT = ROOT / "perf" / "merge.py"
 
 
 @pytest.fixture(scope="module")
-def perf() -> ModuleType:
+def perf() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("perf_merge", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["perf_merge"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    return module
+    yield module
+    sys.path.remove(str(SCRIPT.parent))
 
 
 @pytest.fixture(scope="module")
