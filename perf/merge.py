@@ -31,6 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
+import yaml
 from models import LARGE, MEDIUM, ROLES, Shape, Weights, make_models, merge_of, mergekit_config, opened, recipe
 
 from tvmerge.checkpoint import Checkpoint
@@ -109,14 +110,22 @@ def copy_bytes(folder: Path, out: Path) -> None:
     out.unlink()
 
 
-def compare(ours: Path, theirs: Path) -> str:
-    """How two merged models differ."""
-    a, b = (Checkpoint(resolve(str(folder))) for folder in (ours, theirs))
-    if list(a.names) != list(b.names):
-        return "other tensors"
-    different = sum(int((a.array(name).view(np.uint16) != b.array(name).view(np.uint16)).sum()) for name in a.names)
-    total = sum(a.spec(name).size for name in a.names)
-    return f"{different / total:.4%} of the elements differ"
+def compare(folder: Path, written: Path) -> str:
+    """How many elements of a merged model are not those of float64, rounded to bfloat16."""
+    merged, models = Checkpoint(resolve(str(written))), opened(folder)
+    merge = merge_of(folder, keep=False)
+    weights = {name: float(np.float32(w)) for name, w in yaml.safe_load(recipe(folder).read_text())["weights"].items()}
+    different, furthest = 0, 0.0
+    for name, ((_, weight),) in merge.weights_of.items():
+        t, b, u = (models[role].array(name).astype(np.float64) for role in ROLES)
+        exact = t + weights[weight] * (u - b)
+        ours = merged.array(name)
+        different += int((ours != exact.astype(ours.dtype)).sum())
+        _, exponent = np.frexp(exact)
+        last_place = np.ldexp(1.0, exponent - 8)  # bfloat16 has eight digits
+        furthest = max(furthest, float((np.abs(ours.astype(np.float64) - exact) / last_place).max()))
+    total = sum(models["target"].spec(name).size for name in merge.weights_of)
+    return f"{different / total:.4%} of its elements are not float64's rounded, the furthest is {furthest:.2g} ulp off"
 
 
 def time_write(folder: Path, shape: Shape, *, rounds: int, mergekit: Path | None) -> dict[str, float]:
@@ -145,9 +154,10 @@ def time_write(folder: Path, shape: Shape, *, rounds: int, mergekit: Path | None
         time.sleep(1)  # until the disk has really forgotten them
 
     times = medians(work, rounds=rounds, before=tidy)
-    if mergekit:
-        last = sorted(folder.glob("out*"), key=lambda path: int(path.name[3:]))[-2:]
-        print(f"tvmerge's model and mergekit's: {compare(*last)}\n")
+    written = sorted(folder.glob("out*"), key=lambda path: int(path.name[3:]))
+    for who, model in zip(("tvmerge", "mergekit") if mergekit else ("tvmerge",), written[-2:], strict=False):
+        print(f"{who}: {compare(folder, model)}")
+    print()
     return times
 
 
