@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from conftest import CHARACTERS, save_mistral, save_tokenizer
 
 from tvmerge.checkpoint import Checkpoint
-from tvmerge.errors import IncompatibleError
+from tvmerge.errors import IncompatibleError, RecipeError
 from tvmerge.granularity import Grouping
 from tvmerge.hub import resolve
+from tvmerge.recipe import Recipe, apply_recipe, source_entries
 from tvmerge.sources import MergeSettings, Sources, open_sources
 
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -106,3 +108,15 @@ def test_added_tokens_are_aligned_too(models: dict[str, Path], tmp_path: Path) -
     merged = merge.at({"uniform": 1.0}).read("lm_head.weight")
     assert torch.equal(merged[18], (t[18] + (u[20] - b[22])).bfloat16())
     assert torch.equal(merged[19], t[19].bfloat16())
+
+
+def test_a_recipe_knows_the_tokens_it_aligned(models: dict[str, Path], tmp_path: Path) -> None:
+    moved = {name: Path(shutil.copytree(folder, tmp_path / name)) for name, folder in models.items()}
+    sources = opened(moved, "intersect")
+    weights = dict.fromkeys(sources.merge(MergeSettings(vocabulary="intersect")).weight_names, 0.5)
+    entries = source_entries(sources, vocabulary="intersect")
+    Recipe(**entries, granularity="layer", weights=weights, vocabulary="intersect").save(tmp_path / "recipe.yaml")
+    apply_recipe(tmp_path / "recipe.yaml", output=tmp_path / "out")
+    save_tokenizer(moved["tuned"], CHARACTERS[::-1])
+    with pytest.raises(RecipeError, match=r"tokenizer in .*tuned is not that of the recipe's tuned model"):
+        apply_recipe(tmp_path / "recipe.yaml", output=tmp_path / "again")

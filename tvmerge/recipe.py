@@ -27,7 +27,7 @@ from tvmerge.sources import (
     open_checkpoint,
 )
 from tvmerge.state_dict import DTYPES
-from tvmerge.vocabulary import VOCABULARIES
+from tvmerge.vocabulary import VOCABULARIES, vocabulary_digest
 from tvmerge.writer import NotFiniteError, copy_model_files, write_config, write_weights
 
 __all__ = ["RECIPE_FILE", "Recipe", "apply_recipe", "library_versions", "source_entries", "write_model"]
@@ -36,7 +36,7 @@ RECIPE_FILE = "recipe.yaml"
 #: Weights are float32 numbers.
 LARGEST_WEIGHT = 3e38
 
-#: {model: folder or Hub id, revision: commit or null, fingerprint}
+#: {model: folder or Hub id, revision: commit or null, fingerprint, tokens: of models aligned by token}
 Source = Mapping[str, str | None]
 
 
@@ -207,27 +207,30 @@ def _open(role: str, source: Source, *, cache_dir: str | None) -> Checkpoint:
     found = open_checkpoint(name + (f"@{revision}" if revision else ""), cache_dir=cache_dir)
     if source.get("fingerprint") not in (None, found.fingerprint):
         raise RecipeError(f"the weights in {name} are not those of the recipe's {role} model: they were changed")
+    if source.get("tokens") not in (None, vocabulary_digest(found)):
+        raise RecipeError(f"the tokenizer in {name} is not that of the recipe's {role} model: it was changed")
     return found
 
 
-def source_entry(checkpoint: Header) -> dict[str, str | None]:
-    """A model as a recipe holds it."""
-    assert isinstance(checkpoint, Checkpoint), "a recipe is of models whose weights are here"
-    model = checkpoint.model
-    return {"model": model.name, "revision": model.revision, "fingerprint": checkpoint.fingerprint}
+def source_entries(sources: Sources, *, vocabulary: str) -> dict[str, Any]:
+    """All models as a recipe holds them: its fields `target` and `task_vectors`.
 
+    Args:
+        sources: the opened models.
+        vocabulary: one of VOCABULARIES; of models that are aligned by token, the tokens' ids are kept too.
+    """
 
-def source_entries(sources: Sources) -> dict[str, Any]:
-    """All models as a recipe holds them: its fields `target` and `task_vectors`."""
+    def entry(checkpoint: Header) -> dict[str, str | None]:
+        assert isinstance(checkpoint, Checkpoint), "a recipe is of models whose weights are here"
+        model = checkpoint.model
+        found = {"model": model.name, "revision": model.revision, "fingerprint": checkpoint.fingerprint}
+        return found if vocabulary == "same" else {**found, "tokens": vocabulary_digest(checkpoint)}
+
     entries = [
-        {
-            "label": entry.label,
-            "tuned": source_entry(entry.tuned),
-            "base": None if entry.base is None else source_entry(entry.base),
-        }
-        for entry in sources.tuned
+        {"label": each.label, "tuned": entry(each.tuned), "base": None if each.base is None else entry(each.base)}
+        for each in sources.tuned
     ]
-    return {"target": source_entry(sources.target), "task_vectors": entries}
+    return {"target": entry(sources.target), "task_vectors": entries}
 
 
 def library_versions() -> dict[str, str]:

@@ -26,6 +26,7 @@ from tvmerge.search import uniform_weights
 from tvmerge.sources import MergeSettings, Sources, check_finite, open_sources
 from tvmerge.state_dict import StateDict
 from tvmerge.study import STORAGE_ERRORS, MergeStudy, TrialResult
+from tvmerge.vocabulary import vocabulary_digest
 from tvmerge.writer import model_files
 
 __all__ = ["jglue"]
@@ -126,6 +127,7 @@ def open_study(
 ) -> MergeStudy:
     """Create or resume the study of a configuration, known by what it asks of which weights, not by their paths."""
     asked = [evaluator.fingerprint for evaluator in (questions.search, questions.heldout) if evaluator is not None]
+    tokens = [vocabulary_digest(model) for model in sources.models()]
     several = len(sources.tuned) > 1  # then labels are in the weights' names
     identity = {
         **config.identity(),
@@ -135,6 +137,7 @@ def open_study(
         ],
         "base_model": [None if entry.base is None else _weights(entry.base) for entry in sources.tuned],
         "questions": asked,
+        **({"tokens": tokens} if config.vocabulary == "intersect" else {}),
         "device": device.partition(":")[0],
     }
     return MergeStudy(
@@ -278,7 +281,7 @@ class JglueRun:
 
     def _recipe(self, best: TrialResult, scores: Sequence[QuestionScore]) -> Recipe:
         return Recipe(
-            **source_entries(self.sources),
+            **source_entries(self.sources, vocabulary=self.settings.vocabulary),
             granularity=self.settings.grouping.granularity,
             weights=dict(best.weights),
             weight_groups=dict(self.settings.grouping.weight_groups),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from tvmerge.checkpoint import Header, read_json
 from tvmerge.errors import IncompatibleError
 from tvmerge.state_dict import Array, StateDict, TensorSpec, WithTensors, deliver
 
-__all__ = ["VOCABULARIES", "Aligned", "Rows", "align_rows", "check_same_vocabulary"]
+__all__ = ["VOCABULARIES", "Aligned", "Rows", "align_rows", "check_same_vocabulary", "vocabulary_digest"]
 
 #: What to do with models whose vocabularies differ.
 VOCABULARIES = ("same", "intersect")
@@ -54,6 +56,14 @@ def _vocabulary(folder: Path, *, added: bool = False) -> dict[str, int] | None:
     except (KeyError, TypeError, IndexError):  # none that can be read here
         return None
     return found if all(isinstance(index, int) for index in found.values()) else None
+
+
+def vocabulary_digest(model: Header) -> str | None:
+    """A digest of which token has which id, which decides how rows are aligned; None if no tokenizer.json tells."""
+    vocabulary = _vocabulary(model.model.path, added=True)
+    if vocabulary is None:
+        return None
+    return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
