@@ -50,7 +50,7 @@ def assert_refused(arguments: list[str], message: str, output: Path, capsys: pyt
         (["--optimize_mode", "layers"], "unknown granularity 'layers', known are uniform, block:k, all"),
         (["--optuna_sampler", "tpe"], "Got value: tpe"),
         (["--weight_min", "1", "--weight_max", "1"], "--weight_min must be less than --weight_max, got 1.0 and 1.0"),
-        (["--weight_max", ".inf"], "--weight_max must be a finite number"),
+        (["--weight_max", ".inf"], "--weight_max must be a number that float32 can hold"),
         (["--weight_min", "abc"], "Got value: abc"),
         (["--jglue_limit", "5,6,7"], "--jglue_limit must be one number or one for each of the 2 tasks, got 3"),
         (["--jglue_limit", "5,x"], "--jglue_limit must be whole numbers"),

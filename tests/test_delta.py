@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -214,3 +218,31 @@ def test_nans_of_every_kind_stay(source: torch.dtype, out: torch.dtype) -> None:
         assert bool(result.isnan().all())
     assert bool(add_deltas(nans, [difference(ones, ones)], [0.5], out=torch.empty(3, dtype=out)).isnan().all())
     assert not all_finite(nans)
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied"])
+def test_compiled_loops_that_were_kept_badly_are_compiled_anew(tmp_path: Path, damage: str) -> None:
+    code = (
+        "import numpy as np; from tvmerge.delta import Delta, add_deltas; a = np.ones(9, np.float16); "
+        "print(add_deltas(a, [Delta(a, a * 3)], [0.5], out=a.copy()).tolist())"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == str([0.0] * 9)
+        kept = list(tmp_path.rglob("*.nb*"))
+        assert kept
+        for path in kept:
+            path.write_bytes(path.read_bytes()[:20] if damage == "cut" else b"")
+
+
+def test_arrays_of_other_shapes_are_no_sum() -> None:
+    a, b = np.ones(6, np.float32), np.ones(4, np.float32)
+    for target, minuend in ((a, b), (b, a)):
+        with pytest.raises(ValueError, match="shapes differ"):
+            module.add_deltas(target, [Delta(minuend)], [1.0], out=np.empty(6, np.float32))
+    with pytest.raises(ValueError, match="shapes differ"):
+        Delta(a, b)

@@ -27,7 +27,13 @@ with warnings.catch_warnings():
 
 
 def save_adapter(
-    base: Path, folder: Path, *, seed: int = 5, dtype: torch.dtype = torch.float32, **settings: Any
+    base: Path,
+    folder: Path,
+    *,
+    seed: int = 5,
+    dtype: torch.dtype = torch.float32,
+    train: str = "lora_",
+    **settings: Any,
 ) -> Path:
     """An adapter with random matrices on a saved model, as PEFT writes it."""
     settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], **settings}
@@ -36,7 +42,7 @@ def save_adapter(
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**settings))
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in model.named_parameters():
-            if "lora_" in name or "modules_to_save" in name:
+            if parameter.requires_grad and any(part in name for part in ("lora_", "modules_to_save", train)):
                 parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype)
         model.save_pretrained(folder)
     return folder
@@ -96,6 +102,55 @@ def test_a_transposed_layer_is_what_peft_merges(tmp_path: Path) -> None:
         torch.testing.assert_close(merged.read(tensor), golden[tensor], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("qwen2", {"bias": "lora_only", "target_modules": ["q_proj", "v_proj"]}),
+        ("qwen2", {"bias": "all", "target_modules": ["q_proj"]}),
+        ("gpt2", {"target_modules": ["wte", "c_attn"], "fan_in_fan_out": True}),
+    ],
+)
+def test_biases_and_embeddings_are_what_peft_merges(
+    architecture: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    build(architecture).save_pretrained(base)
+    save_tokenizer(base)
+    adapter = save_adapter(base, tmp_path / "adapter", train="bias", **settings)
+    sources = opened(base, str(adapter), str(base))
+    merge = sources.merge(MergeSettings(grouping=Grouping("uniform"), omit=["lm_head.weight"]))
+    merged, golden = merge.at({"uniform": 1.0}), merged_by_peft(base, adapter)
+    for tensor in merged.names:
+        torch.testing.assert_close(merged.read(tensor), golden[tensor], rtol=1e-5, atol=1e-5)
+    biases = [name for name in merge.weights_of if name.endswith("bias")]
+    assert bool(biases) == (architecture == "qwen2")
+
+
+def test_whole_tensors_of_another_shape_or_place_are_refused(trio: Trio, tmp_path: Path) -> None:
+    adapter = save_adapter(trio.base, tmp_path / "adapter", modules_to_save=["lm_head"])
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    head = next(name for name in tensors if "lm_head" in name)
+    for changed_head in (tensors[head][:3].clone(), torch.cat([tensors[head]] * 2), tensors[head].int()):
+        save_file({**tensors, head: changed_head}, file)
+        with pytest.raises(IncompatibleError, match=r"holds lm_head\.weight whole, .*, where the model's is"):
+            opened(trio.target, f"{adapter}:{trio.base}").merge(MergeSettings())
+    twice = {name.replace("model.model.layers", "model.model.vision.layers"): t.clone() for name, t in tensors.items()}
+    save_file({**tensors, **twice}, file)
+    with pytest.raises(IncompatibleError, match="changes two tensors that can only be"):
+        opened(trio.target, f"{adapter}:{trio.base}").merge(MergeSettings())
+
+
+def test_the_scale_belongs_to_an_adapters_fingerprint(trio: Trio, tmp_path: Path) -> None:
+    adapter = save_adapter(trio.base, tmp_path / "adapter")
+    before = Adapter(resolve(str(adapter)))
+    assert Adapter(resolve(str(adapter))).fingerprint == before.fingerprint
+    changed(adapter, lora_alpha=600)
+    assert Adapter(resolve(str(adapter))).fingerprint != before.fingerprint
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: was changed since"):
+        before.check_unchanged()
+
+
 def test_only_what_an_adapter_moves_has_weights(trio: Trio, tmp_path: Path) -> None:
     adapter = save_adapter(trio.base, tmp_path / "adapter")
     sources = open_sources(
@@ -145,6 +200,8 @@ def changed(adapter: Path, **settings: Any) -> None:
     [
         ({"use_dora": True}, "uses use_dora, which is more than"),
         ({"peft_type": "IA3"}, "of the kind IA3"),
+        ({"lora_alpha": "much"}, "lora_alpha and alpha_pattern must be numbers"),
+        ({"alpha_pattern": {"(": 3}}, "is no expression"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights=pissa_niter_4"),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
     ],

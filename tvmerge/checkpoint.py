@@ -202,7 +202,9 @@ def _list_weights(folder: Path, single: str) -> list[str]:
         weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{folder / INDEX}: has no weight_map, fetch the file again")
-        shards = sorted(set(map(str, weight_map.values())))
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise CheckpointError(f"{folder / INDEX}: places tensors in what is no file name, fetch the file again")
+        shards = sorted(set(weight_map.values()))
     else:
         raise CheckpointError(_no_weights(folder))
     outside = [shard for shard in shards if Path(shard).name != shard]

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -156,6 +157,9 @@ def entry() -> None:
 
     Everything is written and closed by now, and torch takes 0.3 seconds to take itself down.
     """
+    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C: what was begun is tidied away
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     status = main()
     for stream in (sys.stdout, sys.stderr):
         try:

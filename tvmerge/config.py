@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +17,8 @@ __all__ = ["LIST_SETTINGS", "ApplyConfig", "JglueConfig", "MergeConfig", "PlanCo
 
 #: Settings that change where or how long a run runs, and no score: a study may be resumed with others.
 NOT_IDENTITY = frozenset({"n_trials", "cache_dir", "output_dir", "task_dir", "delta_storage"})
+#: Weights are float32 numbers.
+LARGEST_WEIGHT = 3e38
 #: Settings that take several values on the command line: `--tuned_model a b`.
 LIST_SETTINGS = frozenset({"tuned_model", "weight_groups", "freeze"})
 
@@ -61,7 +62,7 @@ class MergeConfig:
         """
         for name in ("target_model", "base_model"):
             value = getattr(self, name)
-            if value is not None and not value.strip():
+            if value is not None and not str(value).strip():
                 raise ConfigError(f"--{name} is empty, name a folder or a Hub id")
         if not self.tuned_models or not all(name.strip() for name in self.tuned_models):
             raise ConfigError("--tuned_model is empty, name a folder or a Hub id")
@@ -69,6 +70,9 @@ class MergeConfig:
             raise ConfigError(f"--tuned_model names a model twice: {' '.join(self.tuned_models)}")
         for name in self.tuned_models:
             split_name(name)
+        for name in ("target_model", "optimize_mode"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigError(f"--{name} must be text, got {getattr(self, name)!r}")
         _ = self.grouping
 
     @property
@@ -176,11 +180,11 @@ class JglueConfig(MergeConfig):
             ConfigError: the first value that cannot work.
         """
         self.check_merge()
-        if not self.output_dir.strip():
+        if not isinstance(self.output_dir, str) or not self.output_dir.strip():
             raise ConfigError("--output_dir is empty, name a folder")
         for name in ("weight_min", "weight_max"):
-            if not math.isfinite(getattr(self, name)):
-                raise ConfigError(f"--{name} must be a finite number, got {getattr(self, name)}")
+            if not abs(getattr(self, name)) < LARGEST_WEIGHT:  # also if it is no number
+                raise ConfigError(f"--{name} must be a number that float32 can hold, got {getattr(self, name)}")
         if self.weight_min >= self.weight_max:
             raise ConfigError(
                 f"--weight_min must be less than --weight_max, got {self.weight_min} and {self.weight_max}"

@@ -42,6 +42,11 @@ class Delta:
     index: Array | None = None  # integers, ascending: flat positions of the listed elements
     values: Array | None = None  # float32 or float64, of the same length: their exact differences
 
+    def __post_init__(self) -> None:
+        """The compiled loops do not look where an array ends."""
+        if self.subtrahend is not None and self.subtrahend.shape != self.minuend.shape:
+            raise ValueError(f"shapes differ: {self.minuend.shape} and {self.subtrahend.shape}")
+
     def exact(self) -> Array:
         """The difference in float64: without error for 16-bit sources."""
         difference = self.minuend.astype(np.float64)
@@ -68,6 +73,8 @@ def add_deltas(target: Array, deltas: Sequence[Delta], weights: Sequence[float],
         with at_once():
             np.copyto(out, add_deltas(target, deltas, weights, out=np.empty(out.shape, out.dtype)))
         return out
+    if any(array.shape != out.shape for array in (target, *(delta.minuend for delta in deltas))):
+        raise ValueError(f"shapes differ: {[out.shape, target.shape, *(delta.minuend.shape for delta in deltas)]}")
     arrays = [target, out, *(a for delta in deltas for a in (delta.minuend, delta.subtrahend) if a is not None)]
     if len(deltas) == 1 and all(array.itemsize == 2 for array in arrays):
         _add_one(target, deltas[0], weights[0], out)
@@ -197,7 +204,7 @@ def at_once() -> Iterator[None]:
 def n_threads() -> int:
     """How many threads add: one for each core that this process may use, or as many as OMP_NUM_THREADS says."""
     said = os.environ.get("OMP_NUM_THREADS", "")
-    if said.isdecimal() and int(said) > 0:
+    if said.isdecimal() and len(said) < 5 and int(said) > 0:
         return int(said)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -51,7 +51,7 @@ def check_granularity(granularity: str) -> None:
     if name not in GRANULARITIES or (name == "block") != bool(separator):
         known = ", ".join("block:k" if key == "block" else key for key in GRANULARITIES)
         raise ConfigError(f"unknown granularity {granularity!r}, known are {known}")
-    if name == "block" and not (size.isdecimal() and int(size) > 0):
+    if name == "block" and not (size.isdecimal() and len(size) < 10 and int(size) > 0):
         raise ConfigError(f"granularity {granularity!r}: k of block:k is a number of layers, as in block:4")
 
 

@@ -152,12 +152,19 @@ def _why_not(error: Exception, *, repo: str, revision: str | None) -> str:
     return f"no such folder, and fetching it from the Hub failed, try again: {reason}"
 
 
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # too long, of a user who is not here, or no path at all
+        return False
+
+
 def split_name(text: str) -> tuple[str, str | None]:
     """Split `name:base` at the first colon that is not part of an existing folder's name."""
-    if ":" not in text or Path(text).expanduser().exists():
+    if ":" not in text or _exists(text):
         return text, None
     places = [i for i, character in enumerate(text) if character == ":"]
-    place = next((i for i in places if Path(text[:i]).expanduser().exists()), places[0])
+    place = next((i for i in places if _exists(text[:i])), places[0])
     name, base = text[:place], text[place + 1 :]
     if not name or not base:
         raise ConfigError(f"--tuned_model {text}: must be name or name:base")

@@ -8,6 +8,9 @@ bfloat16 is shown to numba, which knows no 16-bit floats, as uint16, and float16
 
 from __future__ import annotations
 
+import functools
+import pickle
+
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
@@ -22,10 +25,21 @@ BLOCK = 4096
 def _compiled(function):
     """Compile at the first call, and keep the result beside this file or in the user's cache."""
     options = {"nogil": True, "error_model": "numpy"}
+    plain = njit(**options)(function)
     try:
-        return njit(cache=True, **options)(function)
+        kept = njit(cache=True, **options)(function)
     except RuntimeError:  # nowhere to keep it: compiled anew in every process, which takes seconds
-        return njit(**options)(function)
+        return plain
+
+    @functools.wraps(function)
+    def call(*arguments):
+        try:
+            return kept(*arguments)
+        # What was kept is damaged, or there is no room to keep it. The loops themselves raise nothing.
+        except (OSError, EOFError, pickle.PickleError, ValueError, LookupError, RuntimeError):
+            return plain(*arguments)
+
+    return call
 
 
 @intrinsic
@@ -141,11 +155,10 @@ def sum16_kept(target, kept, weight, out, index, values, offset):
         t, d, o = target[start:stop], kept[start:stop], out[start:stop]
         for i in range(stop - start):
             o[i] = _from_float(_fused_multiply_add(weight, _to_float(d[i]), _to_float(t[i])), o[i])
-        end = at + np.searchsorted(index[at : at + BLOCK], offset + stop)
-        for k in range(at, end):
-            i = index[k] - offset
-            out[i] = _from_float(_sum(_to_float(target[i]), values[k], weight), out[i])
-        at = end
+        while at < index.size and index[at] - offset < stop:
+            place = np.uint64(index[at] - offset)  # unsigned: no look for negative indices
+            out[place] = _from_float(_sum(_to_float(target[place]), values[at], weight), out[place])
+            at += 1
 
 
 @_compiled

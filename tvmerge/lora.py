@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -17,7 +18,7 @@ from tvmerge.checkpoint import Checkpoint, Header, read_json
 from tvmerge.delta import Delta
 from tvmerge.errors import CheckpointError, IncompatibleError
 from tvmerge.hub import ModelId
-from tvmerge.state_dict import StateDict, TensorSpec
+from tvmerge.state_dict import MERGEABLE_DTYPES, StateDict, TensorSpec
 from tvmerge.task_vector import TaskVector
 
 __all__ = ["Adapter", "LoraTaskVector", "check_adapter_base", "is_adapter"]
@@ -64,6 +65,7 @@ class Adapter(Checkpoint):
         settings = self.config
         if settings.get("peft_type") != "LORA":
             raise IncompatibleError(f"{where}: is of the kind {settings.get('peft_type')}, only LORA can be merged")
+        self._check_scales(where)
         used = [name for name in UNSUPPORTED if settings.get(name)]
         start = settings.get("init_lora_weights")
         if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):
@@ -71,6 +73,17 @@ class Adapter(Checkpoint):
         if used:
             hint = "merge it into its base with PEFT and name the merged model"
             raise IncompatibleError(f"{where}: uses {', '.join(used)}, which is more than scale·B·A: {hint}")
+
+    def _check_scales(self, where: str) -> None:
+        patterns = self.config.get("alpha_pattern") or {}
+        alphas = [self.config.get("lora_alpha", 8), *(patterns.values() if isinstance(patterns, dict) else ["text"])]
+        if not all(isinstance(alpha, (int, float)) and 0 < abs(alpha) < 1e9 for alpha in alphas):
+            raise IncompatibleError(f"{where}: lora_alpha and alpha_pattern must be numbers, got {str(alphas)[:80]}")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise IncompatibleError(f"{where}: {pattern!r} in alpha_pattern is no expression: {error}") from error
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -132,6 +145,8 @@ class LoraTaskVector(TaskVector):
             self._place(name)
         for tensor, factors in self._factors.items():
             self._check(tensor, factors)
+        for tensor, name in self._whole.items():
+            self._check_whole(tensor, adapter.spec(name))
 
     def _place(self, name: str) -> None:
         inner = name.removeprefix(PREFIX)
@@ -183,6 +198,17 @@ class LoraTaskVector(TaskVector):
             raise IncompatibleError(
                 f"{where}: changes {tensor} as one of shape {list(product)}, where the model's is {list(shape)}: it "
                 f"was trained for another model{_named(self._adapter.base_name)}"
+            )
+
+    def _check_whole(self, tensor: str, spec: TensorSpec) -> None:
+        where, shape = f"the adapter {self._adapter.model.name}", self._shapes[tensor]
+        known = self._base is None or tensor in self._base.names
+        base = self._base.spec(tensor).shape if self._base is not None and known else shape
+        if not known or spec.shape != shape or base != shape or spec.dtype not in MERGEABLE_DTYPES:
+            held = f"{list(spec.shape)} of {spec.dtype.name}, {list(base) if known else 'missing'} in its base"
+            raise IncompatibleError(
+                f"{where}: holds {tensor} whole, {held}, where the model's is {list(shape)}: "
+                f"it was trained for another model{_named(self._adapter.base_name)}"
             )
 
     def _is_transposed(self, tensor: str) -> bool:
@@ -240,7 +266,7 @@ def check_adapter_base(adapter: Adapter, base: Header) -> None:
     said, given = adapter.base_name, base.model
     if said is None:
         return
-    folder = Path(said).expanduser()
+    folder = Path(os.path.expanduser(said))
     if folder.is_dir() and isinstance(base, Checkpoint) and folder.resolve() != given.path.resolve():
         other = Checkpoint(ModelId(name=said, revision=None, path=folder)).fingerprint != base.fingerprint
     else:

@@ -114,7 +114,9 @@ def _architecture(header: Header) -> str:
         known = header.config.get("architectures") or [header.config.get("model_type", "unknown")]
     except CheckpointError:
         return "unknown"
-    return str(known[0]) + (" (tied)" if header.config.get("tie_word_embeddings") else "")
+    return str(known[0] if isinstance(known, list) else known) + (
+        " (tied)" if header.config.get("tie_word_embeddings") else ""
+    )
 
 
 def _vocabulary(header: Header) -> str:
@@ -124,7 +126,8 @@ def _vocabulary(header: Header) -> str:
         config = header.config
     except CheckpointError:
         return "unknown"
-    return str(config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size", "unknown")))
+    text = config.get("text_config")
+    return str(config.get("vocab_size", text.get("vocab_size", "unknown") if isinstance(text, dict) else "unknown"))
 
 
 def _needs(

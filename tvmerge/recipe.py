@@ -15,6 +15,7 @@ from tvmerge.checkpoint import Checkpoint, Header
 from tvmerge.errors import ConfigError, RecipeError, RunError
 from tvmerge.files import check_writable, local_path, staged_directory, write_text
 from tvmerge.granularity import Grouping
+from tvmerge.lora import Adapter
 from tvmerge.merge import MergedStateDict
 from tvmerge.methods import METHODS
 from tvmerge.sources import (
@@ -68,7 +69,7 @@ class Recipe:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RecipeError(f"{path}: no such recipe") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             raise RecipeError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
         if not isinstance(content, dict):
             raise RecipeError(f"{path}: not a recipe, which is a mapping of keys to values")
@@ -177,6 +178,8 @@ class Recipe:
         target = opened[str(self.target)]
         check_whole(target, role="target")
         for entry in entries:
+            if entry.base is None and not isinstance(entry.tuned, Adapter):
+                raise RecipeError(f"the recipe names no base for {entry}, which is no adapter")
             check_entry(target, entry, self.vocabulary)
         return Sources(target=target, tuned=entries)
 

@@ -103,6 +103,9 @@ class Sources:
             base = None if entry.base is None else Without(entry.base, settings.omit)
             vector = LoraTaskVector(adapter=entry.tuned, reference=target, base=base)
             vector.check_base()
+            if vector.whole_names and entry.base is not None:  # whose rows are those of its base's tokens
+                names = (f"the target model {self.target.model.name}", f"the base model {entry.base.model.name}")
+                check_same_vocabulary(self.target, entry.base, reference_name=names[0], other_name=names[1])
             return vector
         assert entry.base is not None, "open_sources asked for it"
         models: dict[str, StateDict] = {}

@@ -97,7 +97,10 @@ def align_rows(target: Header, models: Sequence[Header], *, whose: Sequence[str]
     sizes = [_rows(model, name) for model, name in zip((target, *models), ("the target model", *whose), strict=True)]
     if all(v == vocabularies[0] for v in vocabularies) and len(set(sizes)) == 1:
         return [None for _ in models]
-    names = frozenset(name for name in target.names if _is_vocabulary(name, (target, *models), sizes))
+    found = {name for name in target.names if _is_vocabulary(name, (target, *models), sizes)}
+    # Where the vocabulary is as large as the model is wide, a norm looks like a bias.
+    matrices = {name.rpartition(".")[0] for name in found if len(target.spec(name).shape) == 2}
+    names = frozenset(name for name in found if name.rpartition(".")[0] in matrices)
     if not names:
         raise IncompatibleError("no tensor of the target model has one row for each token of its vocabulary")
     rows = [[-1] * sizes[0] for _ in models]
@@ -112,7 +115,8 @@ def align_rows(target: Header, models: Sequence[Header], *, whose: Sequence[str]
 def _rows(model: Header, name: str) -> int:
     """How many rows the vocabulary tensors of a model have, by its configuration."""
     config = model.config
-    size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    text = config.get("text_config")
+    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
     if not isinstance(size, int):
         raise IncompatibleError(f"{name}: its config.json has no vocab_size to align its vocabulary by")
     return size
