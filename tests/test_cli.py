@@ -268,3 +268,28 @@ def test_applying_a_recipe_imports_only_what_it_needs() -> None:
     code = f"import sys, tvmerge.recipe; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_terminated_apply_leaves_nothing(trio: Trio, tmp_path: Path) -> None:
+    models = {role: {"model": str(getattr(trio, role))} for role in ("target", "tuned", "base")}
+    vector = {"label": "tuned", "tuned": models["tuned"], "base": models["base"]}
+    recipe = {
+        "target": models["target"],
+        "task_vectors": [vector],
+        "granularity": "uniform",
+        "weights": {"uniform": 1.0},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    code = (
+        "import os, signal, sys, tvmerge.writer as writer, tvmerge.cli as cli\n"
+        "writer._reserve = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.argv[1:] = ['apply', 'recipe.yaml', '--output_dir', 'out']\n"
+        "cli.entry()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 130
+    assert done.stderr.strip() == "tvmerge apply: interrupted; nothing was written"
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]

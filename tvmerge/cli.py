@@ -158,8 +158,9 @@ def entry() -> None:
     Everything is written and closed by now, and torch takes 0.3 seconds to take itself down.
     """
     for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C: what was begun is tidied away
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(number, signal.default_int_handler)
     status = main()
     for stream in (sys.stdout, sys.stderr):
         try:
