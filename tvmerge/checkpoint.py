@@ -74,6 +74,13 @@ class Header(WithTensors):
         """
         return read_json(self.model.path / "config.json")
 
+    @property
+    def vocabulary_size(self) -> int | None:
+        """Rows of the vocabulary tensors, by the configuration of the model or of its text part; None if untold."""
+        text = self.config.get("text_config")
+        size = self.config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+        return size if isinstance(size, int) else None
+
 
 class Checkpoint(Header):
     """A model folder as a lazy state dict, over one or many memory-mapped safetensors files.

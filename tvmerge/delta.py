@@ -58,7 +58,7 @@ class Delta:
 
 
 def add_deltas(target: Array, deltas: Sequence[Delta], weights: Sequence[float], *, out: Array) -> Array:
-    """Fill `out` with target + Σ w·delta: the differences, products and sums as in float64, rounded once.
+    """Fill `out` with target + Σ w·delta: differences, products and sums are within one ulp of float64's.
 
     Args:
         target: any shape, any floating dtype.

@@ -123,11 +123,9 @@ def _vocabulary(header: Header) -> str:
     if isinstance(header, Adapter):
         return "-"
     try:
-        config = header.config
+        return str(header.vocabulary_size or "unknown")
     except CheckpointError:
         return "unknown"
-    text = config.get("text_config")
-    return str(config.get("vocab_size", text.get("vocab_size", "unknown") if isinstance(text, dict) else "unknown"))
 
 
 def _needs(

@@ -114,10 +114,8 @@ def align_rows(target: Header, models: Sequence[Header], *, whose: Sequence[str]
 
 def _rows(model: Header, name: str) -> int:
     """How many rows the vocabulary tensors of a model have, by its configuration."""
-    config = model.config
-    text = config.get("text_config")
-    size = config.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
-    if not isinstance(size, int):
+    size = model.vocabulary_size
+    if size is None:
         raise IncompatibleError(f"{name}: its config.json has no vocab_size to align its vocabulary by")
     return size
 
