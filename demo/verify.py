@@ -18,7 +18,10 @@ import yaml
 
 from tvmerge.cli import main as tvmerge
 from tvmerge.evaluators import QuestionScore, mean_score, task_scores
-from tvmerge.evaluators.lm_eval import HarnessModel, LmEvalEvaluator, load_tasks, split_questions
+from tvmerge.evaluators.harness import HarnessModel
+from tvmerge.evaluators.lm_eval import LmEvalEvaluator
+from tvmerge.evaluators.split import split_questions
+from tvmerge.evaluators.tasks import load_tasks
 from tvmerge.models.transformers import TransformersModel
 from tvmerge.search import paired_gain
 from tvmerge.sources import MergeSettings, open_sources
@@ -43,7 +46,7 @@ class HeldOut:
         self.merge = self.sources.merge(MergeSettings(), keep=True)
         tasks = load_tasks(TASKS, task_dir=DEMO / "tasks")
         questions = {
-            name: split_questions(name=name, n_questions=len(task.eval_docs), holdout=0.3, limit=None, seed=0).heldout
+            name: split_questions(name=name, n_questions=len(task.questions), holdout=0.3, limit=None, seed=0).heldout
             for name, task in tasks.items()
         }
         self._model = TransformersModel.from_folder(models / "target", checkpoint=self.sources.target, device="cpu")

@@ -36,6 +36,7 @@ ROOMS = [
     "progress",
     "config",
     "plan",
+    "questions",
     "run",
     "cli",
 ]

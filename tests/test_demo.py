@@ -17,7 +17,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tvmerge.evaluators.lm_eval import load_tasks
+from tvmerge.evaluators.tasks import load_tasks
 
 DEMO = ROOT / "demo"
 MODELS = ["base", "target", "tuned"]
@@ -72,7 +72,7 @@ def test_models_are_never_trained_on_a_question(task: str) -> None:
 
 def test_the_tasks_show_the_models_the_prompts_they_learned() -> None:
     for name, task in load_tasks(TASKS, task_dir=DEMO / "tasks").items():
-        assert [task.doc_to_text(doc) for doc in task.eval_docs] == [
+        assert [task.task.doc_to_text(question) for question in task.questions] == [
             world.prompt_and_answer(name, record)[0] for record in records(name)
         ]
 

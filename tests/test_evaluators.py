@@ -17,7 +17,10 @@ from lm_eval.tasks import TaskManager
 from tvmerge.checkpoint import Checkpoint
 from tvmerge.errors import TaskError
 from tvmerge.evaluators import QuestionScore, mean_score, task_scores
-from tvmerge.evaluators.lm_eval import HarnessModel, LmEvalEvaluator, load_tasks, split_questions
+from tvmerge.evaluators.harness import HarnessModel
+from tvmerge.evaluators.lm_eval import LmEvalEvaluator
+from tvmerge.evaluators.split import split_questions
+from tvmerge.evaluators.tasks import load_tasks
 from tvmerge.hub import resolve
 from tvmerge.models.transformers import TransformersModel
 
@@ -85,7 +88,6 @@ def test_a_model_that_copies_is_right_and_one_that_does_not_is_wrong(trio: Trio)
     ("names", "message"),
     [
         (["tiny_choice", "tiny_choise"], "unknown tasks: tiny_choise.*in .*tasks are tiny_choice, tiny_extract"),
-        (["tiny_perplexity"], "has no accuracy to maximise .* only perplexity"),
     ],
 )
 def test_tasks_that_cannot_be_used_are_refused(names: list[str], message: str) -> None:

@@ -23,7 +23,9 @@ from transformers import AutoModelForCausalLM
 from tvmerge.checkpoint import Checkpoint
 from tvmerge.cli import main
 from tvmerge.evaluators import mean_score
-from tvmerge.evaluators.lm_eval import HarnessModel, LmEvalEvaluator, load_tasks
+from tvmerge.evaluators.harness import HarnessModel
+from tvmerge.evaluators.lm_eval import LmEvalEvaluator
+from tvmerge.evaluators.tasks import load_tasks
 from tvmerge.granularity import Grouping
 from tvmerge.hub import resolve
 from tvmerge.models.transformers import TransformersModel

@@ -20,7 +20,7 @@ from dataclasses import fields
 from jsonargparse import ArgumentParser
 
 from tvmerge import __version__
-from tvmerge.config import LIST_SETTINGS, ApplyConfig, JglueConfig, PlanConfig
+from tvmerge.config import LIST_SETTINGS, SWITCHES, ApplyConfig, JglueConfig, PlanConfig
 from tvmerge.errors import InputError, TvmergeError
 
 __all__ = ["main"]
@@ -125,7 +125,8 @@ def _in_order(arguments: Sequence[str]) -> list[str]:
     """Rearrange a command line so that jsonargparse reads it as people mean it.
 
     `--config FILE` goes right behind the command, so that flags win over the file whatever their order. The values of
-    a setting that takes several, `--tuned_model a b` or the flag repeated, become one list.
+    a setting that takes several, `--tuned_model a b` or the flag repeated, become one list, and a switch that stands
+    alone is on.
     """
     rest: list[str] = []
     files: list[str] = []
@@ -141,10 +142,17 @@ def _in_order(arguments: Sequence[str]) -> list[str]:
             values += [value] if separator else []
             while not separator and waiting and not re.match("-+[a-zA-Z]", waiting[0]):
                 values.append(waiting.popleft())
+        elif flag.removeprefix("--") in SWITCHES and not separator and not _is_truth(waiting):
+            rest.append(f"{flag}=true")
         else:
             rest.append(argument)
     joined = [f"{flag}={json.dumps(values, ensure_ascii=False)}" for flag, values in lists.items()]
     return [*rest[:1], *files, *joined, *rest[1:]]
+
+
+def _is_truth(waiting: Sequence[str]) -> bool:
+    """Whether the next argument is the value of a switch."""
+    return bool(waiting) and waiting[0].lower() in {"true", "false"}
 
 
 def _complain(command: str, error: Exception, *, status: int, hint: str = "") -> int:

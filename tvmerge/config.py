@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,14 +14,16 @@ from tvmerge.hub import split_name
 if TYPE_CHECKING:
     from tvmerge.sources import MergeSettings
 
-__all__ = ["LIST_SETTINGS", "ApplyConfig", "JglueConfig", "MergeConfig", "PlanConfig"]
+__all__ = ["LIST_SETTINGS", "SWITCHES", "ApplyConfig", "JglueConfig", "MergeConfig", "PlanConfig"]
 
 #: Settings that change where or how long a run runs, and no score: a study may be resumed with others.
-NOT_IDENTITY = frozenset({"n_trials", "cache_dir", "output_dir", "task_dir", "delta_storage"})
+NOT_IDENTITY = frozenset({"n_trials", "cache_dir", "output_dir", "task_dir", "jglue_data", "delta_storage"})
 #: Weights are float32 numbers.
 LARGEST_WEIGHT = 3e38
 #: Settings that take several values on the command line: `--tuned_model a b`.
-LIST_SETTINGS = frozenset({"tuned_model", "weight_groups", "freeze"})
+LIST_SETTINGS = frozenset({"tuned_model", "weight_groups", "freeze", "task_metric", "task_weight"})
+#: Settings that are switched on by their name alone: `--apply_chat_template`.
+SWITCHES = frozenset({"apply_chat_template"})
 
 
 @dataclass(kw_only=True)
@@ -149,12 +152,25 @@ class JglueConfig(MergeConfig):
         optuna_sampler: how the search chooses the next weights
         n_trials: trials in all, those of an earlier run with the same output_dir counted in
         optuna_seed: seed of the sampler
-        jglue_tasks: tasks to score, separated by commas
-        jglue_limit: most questions per task that a trial sees; one number for all tasks or one per task
-        task_dir: folder of lm-eval task files, besides lm-eval's own tasks
+        jglue_tasks: tasks to score, separated by commas; those that come with tvmerge (jcommonsenseqa, jnli, jsquad,
+            marc_ja, mgsm_ja, also in the prompt styles of older scripts, as jnli-1.3-0.2), any task or group of
+            lm-eval, or of task_dir
+        jglue_limit: most questions per task that a trial sees, drawn by question_seed, the shares of labels kept; one
+            number for all tasks or one per task
+        jglue_data: folder with the data of the tasks that come with tvmerge; default is to download it
+        task_dir: folder of lm-eval task files
+        num_fewshot: examples in a prompt, one number for all tasks or one per task; default is what the task says, 3
+            for those that come with tvmerge
+        task_metric: task=metric, several separated by spaces; default is acc or exact_match, else the first one that
+            the task has
+        task_weight: task=weight in the score, several separated by spaces; default is 1, and a negative weight turns
+            the direction of the metric around
+        apply_chat_template: put every prompt as a chat, with the template of the target's tokenizer
+        system_instruction: text that goes before every prompt, or is the system's message of a chat
+        fewshot_as_multiturn: in a chat, examples are turns of their own, not one text
         holdout: share of each task's questions that the search never sees, to judge the best model on
         question_seed: seed of the choice of questions
-        batch_size: requests that the model answers at a time
+        batch_size: requests of full length that the model answers at a time, of shorter ones more; auto finds it once
         device: where the model runs: auto, cpu, cuda, cuda:1, ...
         output_dir: folder of this run; the best model is saved in output_dir/best
     """
@@ -166,10 +182,17 @@ class JglueConfig(MergeConfig):
     optuna_seed: int = 42
     jglue_tasks: str | list[str]
     jglue_limit: int | str | list[int] | None = None
+    jglue_data: str | None = None
     task_dir: str | None = None
+    num_fewshot: int | str | list[int] | None = None
+    task_metric: list[str] | str | None = None
+    task_weight: list[str] | str | None = None
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    fewshot_as_multiturn: bool = True
     holdout: float = 0.3
     question_seed: int = 0
-    batch_size: int = 16
+    batch_size: int | Literal["auto"] = 16
     device: str = "auto"
     output_dir: str = "output"
 
@@ -190,16 +213,19 @@ class JglueConfig(MergeConfig):
                 f"--weight_min must be less than --weight_max, got {self.weight_min} and {self.weight_max}"
             )
         for name, least in (("n_trials", 2), ("optuna_seed", 0), ("question_seed", 0), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"--{name} must be at least {least}, got {getattr(self, name)}")
-            if getattr(self, name) >= 1 << 63:
-                raise ConfigError(f"--{name} must be less than 2^63, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value == "auto":
+                continue
+            if value < least:
+                raise ConfigError(f"--{name} must be at least {least}, got {value}")
+            if value >= 1 << 63:
+                raise ConfigError(f"--{name} must be less than 2^63, got {value}")
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"--holdout must be a share from 0 to less than 1, got {self.holdout}")
         tasks = self.tasks
         if not tasks or not all(tasks) or len(set(tasks)) != len(tasks):
             raise ConfigError(f"--jglue_tasks must name different tasks, separated by commas, got {self.jglue_tasks!r}")
-        _ = self.limits
+        _ = self.limits, self.shots, self.metrics, self.task_weights
 
     @property
     def tasks(self) -> list[str]:
@@ -214,28 +240,83 @@ class JglueConfig(MergeConfig):
         Raises:
             ConfigError: not one number, and not one for each task.
         """
-        raw = self.jglue_limit
+        return self._numbers("jglue_limit", least=1)
+
+    @property
+    def shots(self) -> dict[str, int | None]:
+        """Task name → examples in a prompt; None for what the task says.
+
+        Raises:
+            ConfigError: not one number, and not one for each task.
+        """
+        return self._numbers("num_fewshot", least=0)
+
+    def _numbers(self, name: str, *, least: int) -> dict[str, int | None]:
+        raw = getattr(self, name)
         values = raw.split(",") if isinstance(raw, str) else raw if isinstance(raw, list) else [raw]
         try:
             numbers = [None if value is None else int(value) for value in values]
         except ValueError:
-            raise ConfigError(f"--jglue_limit must be whole numbers separated by commas, got {raw!r}") from None
-        if any(number is not None and number < 1 for number in numbers):
-            raise ConfigError(f"--jglue_limit must be at least 1, got {raw!r}")
+            raise ConfigError(f"--{name} must be whole numbers separated by commas, got {raw!r}") from None
+        if any(number is not None and number < least for number in numbers):
+            raise ConfigError(f"--{name} must be at least {least}, got {raw!r}")
         tasks = self.tasks
         if len(numbers) == 1:
             numbers *= len(tasks)
         if len(numbers) != len(tasks):
             raise ConfigError(
-                f"--jglue_limit must be one number or one for each of the {len(tasks)} tasks, got {len(numbers)}"
+                f"--{name} must be one number or one for each of the {len(tasks)} tasks, got {len(numbers)}"
             )
         return dict(zip(tasks, numbers, strict=True))
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Task → metric, of those that were chosen.
+
+        Raises:
+            ConfigError: an entry that is not task=metric.
+        """
+        return self._by_task("task_metric", "task=metric, as in gsm8k=exact_match,flexible-extract")
+
+    @property
+    def task_weights(self) -> dict[str, float]:
+        """Task → weight, of those that were chosen.
+
+        Raises:
+            ConfigError: an entry that is not task=number.
+        """
+        weights = {}
+        for task, text in self._by_task("task_weight", "task=number, as in jnli=0.5").items():
+            try:
+                weights[task] = float(text)
+            except ValueError:
+                weights[task] = math.nan
+            if not math.isfinite(weights[task]):
+                raise ConfigError(f"--task_weight {task}={text}: must be a number")
+        return weights
+
+    def _by_task(self, name: str, form: str) -> dict[str, str]:
+        chosen: dict[str, str] = {}
+        for entry in _listed(getattr(self, name)):
+            task, separator, value = (part.strip() for part in entry.partition("="))
+            if not task or not separator or not value:
+                raise ConfigError(f"--{name} {entry}: must be {form}")
+            if task in chosen:
+                raise ConfigError(f"--{name} names the task {task} twice")
+            chosen[task] = value
+        return chosen
 
     def identity(self) -> dict[str, Any]:
         """Every setting that a score depends on, in one spelling."""
         same = {key: value for key, value in asdict(self).items() if key not in NOT_IDENTITY}
         lists = {"weight_groups": _listed(self.weight_groups), "freeze": _listed(self.freeze)}
-        return {**same, **lists, "jglue_tasks": self.tasks, "jglue_limit": list(self.limits.values())}
+        by_task = {
+            "jglue_limit": list(self.limits.values()),
+            "num_fewshot": list(self.shots.values()),
+            "task_metric": self.metrics,
+            "task_weight": self.task_weights,
+        }
+        return {**same, **lists, **by_task, "jglue_tasks": self.tasks}
 
 
 @dataclass(kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from tvmerge.evaluators import QuestionScore, mean_score, task_scores
+from tvmerge.evaluators import Goals, QuestionScore, TaskGoal, mean_score, task_scores
 from tvmerge.recipe import Recipe
 from tvmerge.search import Gain, paired_gain
 
@@ -22,18 +22,24 @@ class Candidate:
     scores: Sequence[QuestionScore]
 
 
-def score_table(candidates: Sequence[Candidate]) -> str:
-    """A Markdown table, aligned for a terminal: a row for each task and one for their mean, a column for each model.
+def score_table(candidates: Sequence[Candidate], goals: Goals | None = None) -> str:
+    """A Markdown table, aligned for a terminal: a row for each task and one for the score, a column for each model.
 
     Args:
         candidates: models scored on the same questions, in the order of their columns.
+        goals: how the scores of tasks make that of a model.
     """
+    goals = goals or {}
     by_task = [task_scores(candidate.scores) for candidate in candidates]
     counts = {task: sum(s.task == task for s in candidates[0].scores) for task in by_task[0]}
     rows = [["task", "questions", *(candidate.label for candidate in candidates)]]
-    rows += [[task, str(n), *(_number(scores[task]) for scores in by_task)] for task, n in counts.items()]
-    means = [_number(mean_score(candidate.scores)) for candidate in candidates]
-    rows.append(["**mean**", str(sum(counts.values())), *means])
+    for task, n in counts.items():
+        goal = goals.get(task, TaskGoal())
+        rows.append([_label(task, goal), str(n), *(_shown(scores[task], goal) for scores in by_task)])
+    means = [_number(mean_score(candidate.scores, goals)) for candidate in candidates]
+    alike = len({(goal.weight, goal.higher_is_better, goal.logarithmic) for goal in goals.values()}) <= 1
+    is_mean = alike and all(goal.higher_is_better for goal in goals.values())
+    rows.append(["**mean**" if is_mean else "**score**", str(sum(counts.values())), *means])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [_row(row, widths) for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
@@ -46,21 +52,35 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
     return "| " + " | ".join(padded) + " |"
 
 
+def _label(task: str, goal: TaskGoal) -> str:
+    """A task, with what the reader could not guess of its goal."""
+    metric = goal.metric.removesuffix(",none")
+    parts = [metric] if metric not in ("acc", "exact_match") or not goal.higher_is_better else []
+    parts += ["lower is better"] if not goal.higher_is_better else []
+    parts += [f"weight {goal.weight:g}"] if goal.weight != 1 else []
+    return f"{task} ({', '.join(parts)})" if parts else task
+
+
+def _shown(mean: float | None, goal: TaskGoal) -> str:
+    return _number(None if mean is None else goal.shown(mean))
+
+
 def _number(score: float | None) -> str:
     return "unscored" if score is None else f"{score:.3f}"
 
 
-def verdict(best: Candidate, references: Sequence[Candidate], *, heldout: bool) -> str:
+def verdict(best: Candidate, references: Sequence[Candidate], *, heldout: bool, goals: Goals | None = None) -> str:
     """In words: is the best merge better than each of the other models, on the questions of the table?
 
     Args:
         best: the model that the run recommends.
         references: the models it is compared with.
         heldout: whether the search never saw these questions.
+        goals: how the scores of tasks make that of a model.
     """
     lines = []
     for reference in references:
-        gain = paired_gain(best.scores, reference.scores)
+        gain = paired_gain(best.scores, reference.scores, goals)
         if gain is None:
             lines.append(
                 f"{best.label} cannot be compared with {reference.label}: a task has no question scored for both"

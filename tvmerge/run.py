@@ -13,13 +13,14 @@ import yaml
 from tvmerge.checkpoint import Checkpoint, Header
 from tvmerge.config import JglueConfig
 from tvmerge.errors import CheckpointError, ConfigError, RecipeError, RunError
-from tvmerge.evaluators import Evaluator, QuestionScore, mean_score, task_scores
-from tvmerge.evaluators.lm_eval import HarnessModel, LmEvalEvaluator, load_tasks, split_questions
+from tvmerge.evaluators import Evaluator, QuestionScore, TaskGoal, mean_score, task_scores
+from tvmerge.evaluators.harness import HarnessModel
 from tvmerge.files import check_output, local_path, remove_staged, staged_directory, write_text
 from tvmerge.hub import ModelId
 from tvmerge.merge import Merge
 from tvmerge.models.transformers import TransformersModel, load_tokenizer, unread_by_all
 from tvmerge.progress import RunProgress
+from tvmerge.questions import Questions, ask_questions, open_tasks
 from tvmerge.recipe import RECIPE_FILE, Recipe, library_versions, source_entries, write_model
 from tvmerge.report import Candidate, model_card, score_table, verdict
 from tvmerge.search import uniform_weights
@@ -45,12 +46,12 @@ def jglue(config: JglueConfig) -> None:
     output = local_path(config.output_dir, flag="--output_dir")
     check_output(output)
     device = choose_device(config.device)
-    questions = ask_tasks(config)
+    tasks = open_tasks(config)
     sources = open_sources(**config.models)
     omit = unread_by_all(sources.whole_models())
     settings = replace(config.merge_settings, omit=omit)
     merge = sources.merge(settings, keep=config.delta_storage == "memory")
-    load_tokenizer(sources.target.model.path)
+    questions = ask_questions(config, tasks, load_tokenizer(sources.target.model.path))
     if not (output / "study.db").exists():
         nbytes = sum(model.spec(name).nbytes for model in sources.models() for name in model.names)
         if nbytes > LONG_TO_READ:
@@ -88,40 +89,6 @@ def choose_device(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True)
-class Questions:
-    """The questions of a run, ready to be asked."""
-
-    search: LmEvalEvaluator
-    heldout: LmEvalEvaluator | None  # None: none is held out
-    notes: Sequence[str]  # what the user should know of them
-
-
-def ask_tasks(config: JglueConfig) -> Questions:
-    """Load the tasks, choose their questions and build all requests, which no model is needed for."""
-    task_dir = None if config.task_dir is None else local_path(config.task_dir, flag="--task_dir")
-    # Tasks hold their requests, so each split has tasks of its own.
-    tasks = [load_tasks(config.tasks, task_dir=task_dir) for _ in ("search", "heldout")]
-    splits, notes = {}, []
-    for name, task in tasks[0].items():
-        n_questions, limit = len(task.eval_docs), config.limits[name]
-        splits[name] = split_questions(
-            name=name, n_questions=n_questions, holdout=config.holdout, limit=limit, seed=config.question_seed
-        )
-        n_search = len(splits[name].search)
-        if limit is not None and limit > n_search:
-            notes.append(f"task {name}: the limit of {limit} is more than the {n_search} questions left to search on")
-    searched = {name: split.search for name, split in splits.items()}
-    heldout = {name: split.heldout for name, split in splits.items()}
-    return Questions(
-        search=LmEvalEvaluator(tasks=tasks[0], questions=searched, seed=config.question_seed),
-        heldout=LmEvalEvaluator(tasks=tasks[1], questions=heldout, seed=config.question_seed)
-        if config.holdout
-        else None,
-        notes=notes,
-    )
-
-
 def open_study(
     config: JglueConfig, output: Path, *, sources: Sources, merge: Merge, questions: Questions, device: str
 ) -> MergeStudy:
@@ -148,6 +115,7 @@ def open_study(
         sampler=config.optuna_sampler,
         seed=config.optuna_seed,
         uniform=uniform_weights(weight_min=config.weight_min, weight_max=config.weight_max),
+        goals=questions.goals,
     )
 
 
@@ -219,6 +187,23 @@ class JglueRun:
             progress.finish_trial(score=None if result is None else result.score, best=(best.score, best.number))
             if result is None:
                 progress.note(f"  {self.study.last_failure()}")
+            if self.study.n_finished == self.study.n_uniform:
+                self._warn_of_idle_tasks(progress)
+
+    def _warn_of_idle_tasks(self, progress: RunProgress) -> None:
+        """Say which tasks gave every model so far the same scores: they cannot guide the search."""
+        seen: dict[str, dict[int, list[tuple[int, float | None]]]] = {}
+        for line in self.study.scores.lines():
+            if line["split"] == "search" and line["trial"] is not None:
+                of_task = seen.setdefault(line["task"], {})
+                of_task.setdefault(line["trial"], []).append((line["question"], line["score"]))
+        for task, by_trial in seen.items():
+            scores = list(by_trial.values())
+            if len(scores) > 1 and all(other == scores[0] for other in scores):
+                progress.note(
+                    f"task {task}: all {len(scores)} models so far got the same score on each of its questions: it "
+                    "cannot guide the search"
+                )
 
     @property
     def _split(self) -> str:
@@ -263,8 +248,9 @@ class JglueRun:
 
     def _save(self, candidates: Sequence[Candidate]) -> None:
         best = self.study.best()
-        table = score_table(candidates)
-        words = verdict(candidates[-1], candidates[:-1], heldout=self.questions.heldout is not None)
+        goals = self.questions.goals
+        table = score_table(candidates, goals)
+        words = verdict(candidates[-1], candidates[:-1], heldout=self.questions.heldout is not None, goals=goals)
         if best.number == 0:
             nothing = "Nothing that was tried scored higher than the target: the best merge is the target itself."
             words = f"{nothing}\n\n{words}"
@@ -278,6 +264,11 @@ class JglueRun:
                 write_text(staging / "README.md", card)
         print(f"\n{table}\n\n{words}\n")
         print(f"The best merge is trial {best.number} of {self.study.n_finished}; it is saved in {output}")
+
+    def _metrics(self, scores: Sequence[QuestionScore]) -> dict[str, float | None]:
+        goals = self.questions.goals
+        means = task_scores(scores)
+        return {task: None if mean is None else goals.get(task, TaskGoal()).shown(mean) for task, mean in means.items()}
 
     def _recipe(self, best: TrialResult, scores: Sequence[QuestionScore]) -> Recipe:
         return Recipe(
@@ -293,8 +284,8 @@ class JglueRun:
             score={
                 "trial": best.number,
                 "search": best.score,
-                self._split: mean_score(scores),
-                f"{self._split}_tasks": task_scores(scores),
+                self._split: mean_score(scores, self.questions.goals),
+                f"{self._split}_tasks": self._metrics(scores),
             },
             versions=library_versions(),
         )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tvmerge.evaluators import QuestionScore, mean_score
+from tvmerge.evaluators import Goals, QuestionScore, mean_score, task_shares
 
 __all__ = ["BASELINES", "Gain", "paired_gain", "uniform_weights"]
 
@@ -38,24 +38,32 @@ class Gain:
         return abs(self.mean) > 2 * self.standard_error
 
 
-def paired_gain(model: Sequence[QuestionScore], reference: Sequence[QuestionScore]) -> Gain | None:
+def paired_gain(
+    model: Sequence[QuestionScore], reference: Sequence[QuestionScore], goals: Goals | None = None
+) -> Gain | None:
     """The gain of a model over a reference, paired over the questions that both have a score for.
 
-    The score is the mean over tasks, so the variance of the gain is the mean over tasks of the variance of the paired
-    differences' mean, divided by the number of tasks.
+    The score is a weighted mean over tasks, so the variance of the gain is the sum over tasks of the variance of the
+    paired differences' mean, times the square of the task's share.
 
     Returns:
-        None if there is nothing to pair in some task.
+        None if there is nothing to pair in some task that has a weight.
     """
     known = {(s.task, s.question): s.score for s in reference if s.score is not None}
     pairs = [(s, known[s.task, s.question]) for s in model if s.score is not None and (s.task, s.question) in known]
     differences = [QuestionScore(s.task, s.question, s.score - r) for s, r in pairs if s.score is not None]
-    tasks = list(dict.fromkeys(s.task for s in model))
-    mean = mean_score(differences)
-    if mean is None or {s.task for s in differences} != set(tasks):
+    shares = task_shares(dict.fromkeys(s.task for s in model), goals or {})
+    paired = {s.task for s in differences}
+    # Over the tasks that can be paired the shares would be other ones.
+    mean = mean_score(differences, goals) if all(task in paired for task, share in shares.items() if share) else None
+    if mean is None:
         return None
-    variance = math.fsum(_variance_of_mean([d.score or 0.0 for d in differences if d.task == task]) for task in tasks)
-    return Gain(mean=mean, standard_error=math.sqrt(variance) / len(tasks))
+    variance = math.fsum(
+        share**2 * _variance_of_mean([d.score or 0.0 for d in differences if d.task == task])
+        for task, share in shares.items()
+        if share
+    )
+    return Gain(mean=mean, standard_error=math.sqrt(variance))
 
 
 def _variance_of_mean(values: Sequence[float]) -> float:

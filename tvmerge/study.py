@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from tvmerge.errors import InputError, RunError, StudyError
-from tvmerge.evaluators import QuestionScore, mean_score, task_scores
+from tvmerge.evaluators import Goals, QuestionScore, mean_score, task_scores
 from tvmerge.files import write_text
 from tvmerge.samplers import SeededSampler
 from tvmerge.search import BASELINES
@@ -119,6 +119,7 @@ class MergeStudy:
         sampler: a key of SAMPLERS.
         seed: of the sampler.
         uniform: uniform weights of the first trials.
+        goals: how the scores of tasks make the score of a trial.
 
     Raises:
         StudyError: the folder holds a study of another identity, or a file that is none, or another process runs in it.
@@ -134,12 +135,14 @@ class MergeStudy:
         sampler: str,
         seed: int,
         uniform: Sequence[float],
+        goals: Goals | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._lock = _lock(output_dir)
         self._weight_names = list(weight_names)
         self._range = weight_range
         self._uniform = list(uniform)
+        self._goals = goals or {}
         ranges = {name: FloatDistribution(*weight_range) for name in weight_names}
         first = [dict.fromkeys(weight_names, weight) for weight in uniform]
         self.scores = ScoreLog(output_dir / "scores.jsonl")
@@ -203,6 +206,14 @@ class MergeStudy:
         """How many of the first trials have one weight for all."""
         return len(self._uniform)
 
+    def remember(self, key: str, value: Any) -> None:
+        """Keep a plain JSON value with the study."""
+        self._study.set_user_attr(key, value)
+
+    def recall(self, key: str) -> Any:
+        """What `remember` kept; None if nothing."""
+        return self._study.user_attrs.get(key)
+
     def last_failure(self) -> str:
         """Why the last failed trial failed."""
         failed = self._trials(TrialState.FAIL)
@@ -242,7 +253,7 @@ class MergeStudy:
         started = time.monotonic()
         try:
             scores = evaluate(weights)
-            score = mean_score(scores)
+            score = mean_score(scores, self._goals)
             if score is None:
                 raise RunError("no question of a task could be scored")
         except InputError:  # a model was changed meanwhile: nothing is recorded

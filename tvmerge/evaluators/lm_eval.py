@@ -1,179 +1,111 @@
 """Tasks of EleutherAI's lm-evaluation-harness, scored in process on the live model.
 
-Tasks and requests are built once. A trial costs the model's forward passes and the tasks' own scoring, nothing else.
+Requests are built once. A trial costs the model's forward passes and the tasks' own scoring, nothing else.
 """
 
 from __future__ import annotations
 
-import functools
+import copy
 import hashlib
-import io
 import json
-import logging
 import math
-import random
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import datasets
+import jinja2
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerBase
 
-from tvmerge.errors import TaskError
+from tvmerge.errors import RunError, TaskError
 from tvmerge.evaluators import Progress, QuestionScore
-from tvmerge.models.transformers import TransformersModel
+from tvmerge.evaluators.harness import Answers, HarnessModel
+from tvmerge.evaluators.measure import Measure, choose_measure
+from tvmerge.evaluators.tasks import FEWSHOT_SEED, LoadedTask, one_line
 
-__all__ = ["HarnessModel", "LmEvalEvaluator", "Split", "load_tasks", "split_questions"]
-
-#: The metric that scores a task: the first of these that it has.
-ACCURACY_METRICS = ("acc", "exact_match")
-#: lm-eval draws few-shot examples from Random(None) unless told otherwise; this is the seed of its command line.
-FEWSHOT_SEED = 1234
-
-
-class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
-    """lm-eval's wrapper of a transformers model, which tokenises a text once and not in every trial."""
-
-    def __init__(self, model: TransformersModel, *, batch_size: int) -> None:
-        super().__init__(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size)
-        self._encoded: dict[Any, list[int]] = {}
-
-    def tok_encode(
-        self,
-        string: str,
-        add_special_tokens: bool | None = None,
-        left_truncate_len: int | None = None,
-        **kwargs: Any,
-    ) -> list[int]:
-        """Token ids of a text, remembered."""
-        key = (string, add_special_tokens, left_truncate_len, *sorted(kwargs.items()))
-        if key not in self._encoded:
-            self._encoded[key] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
-        return list(self._encoded[key])
-
-
-def load_tasks(names: Sequence[str], *, task_dir: Path | None) -> dict[str, ConfigurableTask]:
-    """Load tasks by name, with their questions.
-
-    Args:
-        names: tasks of lm-eval or of `task_dir`.
-        task_dir: a folder of lm-eval YAML files; its names go before those of lm-eval.
-
-    Raises:
-        TaskError: an unknown name, a group, or a task that has no data here or no accuracy.
-    """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    manager = _task_manager(frozenset(names), task_dir)
-    tasks = {}
-    for name in names:
-        try:
-            loaded = manager.load([name])
-        except Exception as error:
-            raise TaskError(f"task {name}: cannot be loaded: {_one_line(error)}") from error
-        if list(loaded["tasks"]) != [name]:
-            raise TaskError(f"task {name}: is a group, name its tasks instead: {', '.join(loaded['tasks'])}")
-        tasks[name] = loaded["tasks"][name]
-        _check_task(name, tasks[name])
-        tasks[name].set_fewshot_seed(FEWSHOT_SEED)
-    return tasks
-
-
-@functools.cache
-def _task_manager(names: frozenset[str], task_dir: Path | None) -> TaskManager:
-    local: list[str] = []
-    if task_dir is not None:
-        if not task_dir.is_dir():
-            raise TaskError(f"--task_dir {task_dir}: no such folder")
-        manager = TaskManager(include_path=str(task_dir), include_defaults=False)
-        local = sorted(manager.all_tasks)
-        if names <= set(local):
-            return manager
-    # The index of lm-eval's own tasks takes ten seconds: made only when a name asks for it.
-    manager = TaskManager(include_path=None if task_dir is None else str(task_dir))
-    unknown = sorted(names - set(manager.all_tasks))
-    if unknown:
-        here = f", in {task_dir} are {', '.join(local)}" if local else ""
-        raise TaskError(f"unknown tasks: {', '.join(unknown)}: `lm_eval ls tasks` lists those of lm-eval{here}")
-    return manager
-
-
-def _check_task(name: str, task: ConfigurableTask) -> None:
-    metrics = [entry["metric"] for entry in task.config.metric_list or []]
-    if not any(metric in ACCURACY_METRICS for metric in metrics):
-        raise TaskError(
-            f"task {name}: has no accuracy to maximise ({' or '.join(ACCURACY_METRICS)}), only "
-            f"{', '.join(map(str, metrics)) or 'no metric at all'}"
-        )
-    if len(task.eval_docs) == 0:
-        raise TaskError(f"task {name}: has no questions")
+__all__ = ["ChatFormat", "LmEvalEvaluator"]
 
 
 @dataclass(frozen=True)
-class Split:
-    """The questions of one task, as sorted indices."""
+class ChatFormat:
+    """How a prompt is put: as it is, or as a chat."""
 
-    search: Sequence[int]  # that a search sees
-    heldout: Sequence[int]  # to judge what it found
+    system_instruction: str | None = None  # goes before the task's own description
+    tokenizer: PreTrainedTokenizerBase | None = None  # whose chat template is applied; None: none is
+    fewshot_as_multiturn: bool = True  # examples as turns of the chat, not as one text
+
+    def settings(self) -> dict[str, Any]:
+        """As lm-eval's tasks take them."""
+        return {
+            "system_instruction": self.system_instruction,
+            "apply_chat_template": self.tokenizer is not None,
+            "fewshot_as_multiturn": self.tokenizer is not None and self.fewshot_as_multiturn,
+            "chat_template": None if self.tokenizer is None else self.render,
+        }
+
+    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a chat; without the system's message if the template refuses one, as in lm-eval."""
+        assert self.tokenizer is not None
+        settings = {
+            "tokenize": False,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, **settings))
+        except jinja2.TemplateError:
+            rest = [message for message in messages if message["role"] != "system"]
+            return str(self.tokenizer.apply_chat_template(rest, **settings))
 
 
-def split_questions(*, name: str, n_questions: int, holdout: float, limit: int | None, seed: int) -> Split:
-    """Split a task's questions by seed.
+@dataclass(frozen=True)
+class _Question:
+    """A question of a task and its requests, one for each choice."""
 
-    Args:
-        name: the task's name, which seeds its own shuffle.
-        n_questions: how many the task has.
-        holdout: the share that is held out, in [0, 1).
-        limit: the most questions that the search sees; None for all that are not held out.
-        seed: of the shuffle.
-
-    Raises:
-        TaskError: too few questions to have both.
-    """
-    order = list(range(n_questions))
-    random.Random(f"{seed}/{name}").shuffle(order)
-    n_heldout = round(holdout * n_questions)
-    heldout, rest = order[:n_heldout], order[n_heldout:]
-    if not rest or (holdout > 0 and not heldout):
-        raise TaskError(f"task {name}: {n_questions} questions are too few to hold out a share of {holdout}")
-    return Split(search=sorted(rest[:limit]), heldout=sorted(heldout))
+    task: str
+    index: int
+    doc: Mapping[str, Any]
+    requests: Sequence[Instance]
 
 
 class LmEvalEvaluator:
     """Scores a model on some questions of some tasks. Requests are built here, once.
 
     Args:
-        tasks: name → task, as `load_tasks` gives them; they belong to this evaluator from now on.
+        tasks: name → task, as `load_tasks` gives them.
         questions: task name → sorted indices of its questions, never empty.
+        measures: task name → the metric that scores it; the task's first one if it is not named.
+        chat: how prompts are put.
         seed: of the draws of tasks that sample their answers.
 
     Raises:
-        TaskError: a question that the task's own templates cannot put.
+        TaskError: a question that the task's own templates cannot put, or a task without a metric.
     """
 
     def __init__(
         self,
         *,
-        tasks: Mapping[str, ConfigurableTask],
+        tasks: Mapping[str, LoadedTask],
         questions: Mapping[str, Sequence[int]],
+        measures: Mapping[str, Measure] | None = None,
+        chat: ChatFormat | None = None,
         seed: int = 0,
     ) -> None:
-        self._tasks = dict(tasks)
-        self._questions = {name: list(questions[name]) for name in tasks}
+        self._tasks = {name: loaded.task for name, loaded in tasks.items()}
         self._seed = seed
-        for name, task in self._tasks.items():
+        chosen = measures or {}
+        self._measures = {
+            name: chosen[name] if name in chosen else choose_measure(name, task) for name, task in self._tasks.items()
+        }
+        self._questions: dict[str, list[_Question]] = {}
+        for name, loaded in tasks.items():
             try:
-                with redirect_stderr(io.StringIO()):  # a progress bar for each task
-                    task.build_all_requests(samples=self._questions[name])
+                self._questions[name] = list(_put(loaded, set(questions[name]), chat or ChatFormat()))
             except Exception as error:
-                raise TaskError(f"task {name}: a question cannot be put: {_one_line(error)}") from error
+                raise TaskError(f"task {name}: a question cannot be put: {one_line(error)}") from error
+        self._prepared: tuple[HarnessModel, list[tuple[list[Instance], Answers]]] | None = None
 
     @property
     def n_questions(self) -> int:
@@ -184,70 +116,111 @@ class LmEvalEvaluator:
     def fingerprint(self) -> str:
         """A digest of every request: prompts, few-shot examples, answers, generation settings."""
         digest = hashlib.sha256()
-        for name, task in self._tasks.items():
-            for instance in task.instances:
-                question = self._questions[name][instance.doc_id]
-                asked = [name, question, instance.idx, instance.request_type, list(instance.args), instance.doc]
-                digest.update(json.dumps(asked, default=str, sort_keys=True).encode())
+        for name, questions in self._questions.items():
+            for question in questions:
+                for instance in question.requests:
+                    kind, arguments = instance.request_type, list(instance.args)
+                    asked = [name, question.index, instance.idx, kind, arguments, instance.doc]
+                    digest.update(json.dumps(asked, default=str, sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
     def score(self, model: HarnessModel, progress: Progress) -> list[QuestionScore]:
-        """Score every question once, in the order of tasks and indices."""
+        """Score every question once, in the order of tasks and indices.
+
+        Raises:
+            RunError: a task's own code failed on an answer.
+            TaskError: a task's metric gives no score to a question.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            self._run(model, progress)
-        return [score for name in self._tasks for score in self._collect(name)]
+            unanswered = self._answer(model, progress)
+        return [score for name in self._tasks for score in self._collect(name, unanswered)]
 
-    def _run(self, model: HarnessModel, progress: Progress) -> None:
-        done: set[tuple[str, int]] = set()
-        requests: dict[str, list[Instance]] = {}
-        for task in self._tasks.values():
-            for instance in task.instances:
+    def _answer(self, model: HarnessModel, progress: Progress) -> set[int]:
+        """Give every request the model's answer; returns the ids of those it has none for."""
+        if self._prepared is None or self._prepared[0] is not model:
+            self._prepared = model, self._prepare(model)
+        # Questions, not requests, are counted: one is done when the last of its requests is.
+        waiting = {id(r): q for questions in self._questions.values() for q in questions for r in q.requests}
+        left = {id(q): sum(r.repeats for r in q.requests) for q in waiting.values()}
+        unanswered = set()
+        for instances, answers in self._prepared[1]:
+
+            def done(indices: Sequence[int], instances: Sequence[Instance] = instances) -> None:
+                finished = 0
+                for index in indices:
+                    question = id(waiting[id(instances[index])])
+                    left[question] -= 1
+                    finished += not left[question]
+                progress(finished)
+
+            for instance in instances:
                 # Left in place, an earlier trial's answers would be scored again.
                 instance.resps, instance.filtered_resps = [], {}
-                requests.setdefault(instance.request_type, []).extend([instance] * instance.repeats)
-        for request_type, instances in requests.items():
-            waiting = iter(instances)
-            # Long enough for lm-eval to sort by length inside of it, short enough for the bar to move.
-            while chunk := list(islice(waiting, 16 * model.batch_size)):
-                answers = getattr(model, request_type)(chunk, disable_tqdm=True)
-                for instance, answer in zip(chunk, answers, strict=True):
-                    instance.resps.append(answer)
-                asked = {(instance.task_name, instance.doc_id) for instance in chunk}
-                progress(len(asked - done))
-                done |= asked
+            for instance, answer in zip(instances, answers(done), strict=True):
+                if _is_none(answer):
+                    unanswered.add(id(instance))
+                instance.resps.append("" if answer is None else answer)
+        return unanswered
 
-    def _collect(self, name: str) -> list[QuestionScore]:
-        task, questions = self._tasks[name], self._questions[name]
-        task.apply_filters()
-        by_question: dict[int, list[Instance]] = {}
-        for instance in task.instances:
-            by_question.setdefault(instance.doc_id, []).append(instance)
-        key = next(iter(task.instances[0].filtered_resps))
-        scores = []
-        # Position in `samples`, not the index: the iterator counts from 0 over the questions that were asked for.
-        for position, doc in task.doc_iterator(samples=questions):
-            instances = sorted(by_question[position], key=lambda instance: instance.idx)
-            answers = [instance.filtered_resps[key] for instance in instances]
-            # Of likelihoods that are no numbers lm-eval takes the first as the greatest.
-            score = None if any(map(_is_nan, answers)) else _accuracy(task.process_results(doc, answers))
-            scores.append(QuestionScore(task=name, question=questions[position], score=score))
-        return scores
+    def _prepare(self, model: HarnessModel) -> list[tuple[list[Instance], Answers]]:
+        by_type: dict[str, list[Instance]] = {}
+        for questions in self._questions.values():
+            for question in questions:
+                for instance in question.requests:
+                    by_type.setdefault(instance.request_type, []).extend([instance] * instance.repeats)
+        return [(instances, model.prepare(kind, instances)) for kind, instances in by_type.items()]
 
-
-def _accuracy(metrics: Mapping[str, Any]) -> float | None:
-    """The accuracy of one question, None if the task gave none."""
-    for metric in ACCURACY_METRICS:
-        if metric in metrics:
-            value = float(metrics[metric])
-            return value if math.isfinite(value) else None
-    return None
+    def _collect(self, name: str, unanswered: set[int]) -> list[QuestionScore]:
+        task, questions, measure = self._tasks[name], self._questions[name], self._measures[name]
+        instances = [instance for question in questions for instance in question.requests]
+        next(each for each in task._filters if each.name == measure.filter).apply(instances)
+        items: list[Any] = []
+        for question in questions:
+            if any(id(instance) in unanswered for instance in question.requests):
+                items.append(None)
+                continue
+            answers = [instance.filtered_resps[measure.filter] for instance in question.requests]
+            items.append(_results(task, question, answers).get(measure.metric))
+        return [
+            QuestionScore(task=name, question=question.index, score=value)
+            for question, value in zip(questions, measure.values(items), strict=True)
+        ]
 
 
-def _is_nan(answer: Any) -> bool:
-    """Whether a model's answer is a log-likelihood that is no number."""
-    return isinstance(answer, tuple) and isinstance(answer[0], float) and math.isnan(answer[0])
+def _put(loaded: LoadedTask, asked: set[int], chat: ChatFormat) -> Iterator[_Question]:
+    """Put questions as lm-eval would put all of the task's: each has the same examples, whatever else is asked."""
+    task = loaded.task
+    settings = chat.settings()
+    n = task.get_config("num_fewshot") or 0
+    task.set_fewshot_seed(FEWSHOT_SEED)
+    for index, doc in enumerate(loaded.questions[: max(asked) + 1]):
+        if index not in asked and type(task).fewshot_context is ConfigurableTask.fewshot_context:
+            if n:  # drawn for the questions between, as lm-eval does
+                own = task.fewshot_cfg.split == task.config.test_split
+                task.sampler.sample(n=n, eval_doc=doc if own else None)
+            continue
+        context = task.fewshot_context(doc, num_fewshot=n, gen_prefix=task.doc_to_prefix(doc), **settings)
+        if index not in asked:
+            continue
+        metadata = (loaded.name, index, task.config.repeats)
+        template = {key: settings[key] for key in ("apply_chat_template", "chat_template")}
+        requests = task.construct_requests(doc=doc, ctx=context, metadata=metadata, **template)
+        yield _Question(loaded.name, index, doc, requests if isinstance(requests, list) else [requests])
 
 
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+def _results(task: Any, question: _Question, answers: list[Any]) -> Mapping[str, Any]:
+    """What the task makes of the answers to a question: metric → its item."""
+    # A task's own code may write into the question; lm-eval's does not.
+    doc = copy.deepcopy(question.doc) if callable(task.get_config("process_results")) else question.doc
+    try:
+        results: Mapping[str, Any] = task.process_results(doc, answers)
+    except Exception as error:
+        raise RunError(f"task {question.task}, question {question.index}: {one_line(error)}") from error
+    return results
+
+
+def _is_none(answer: Any) -> bool:
+    """Whether a model has no answer: of likelihoods that are no numbers lm-eval takes the first as the greatest."""
+    likelihood = answer[0] if isinstance(answer, tuple) else answer
+    return answer is None or (isinstance(likelihood, float) and math.isnan(likelihood))

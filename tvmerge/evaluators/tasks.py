@@ -1,0 +1,183 @@
+"""Tasks of EleutherAI's lm-evaluation-harness: found, loaded and checked."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import random
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.utils
+import numpy as np
+import torch
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+
+from tvmerge.errors import TaskError
+
+__all__ = ["BENCHMARKS", "FEWSHOT_SEED", "LoadedTask", "load_tasks", "one_line"]
+
+#: The tasks that come with the code.
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "jglue"
+#: lm-eval draws few-shot examples from Random(None) unless told otherwise; this is the seed of its command line.
+FEWSHOT_SEED = 1234
+#: More labels than this are no labels, but answers.
+MAX_LABELS = 20
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task and its questions."""
+
+    name: str
+    entry: str  # what the user named: the task, or a group or tag that it is of
+    task: Task  # lm-eval's
+    questions: Sequence[Mapping[str, Any]]
+
+    @property
+    def labels(self) -> list[Hashable] | None:
+        """The label of each question; None if it is no task of a few labels."""
+        if self.task.OUTPUT_TYPE != "multiple_choice":
+            return None
+        target = self.task.doc_to_text if getattr(self.task, "multiple_input", 0) else self.task.doc_to_target
+        labels = [target(question) for question in self.questions]
+        if not all(isinstance(label, (int, str)) for label in labels) or len(set(labels)) > MAX_LABELS:
+            return None
+        return labels
+
+
+def load_tasks(
+    names: Sequence[str],
+    *,
+    task_dir: Path | None = None,
+    jglue_data: Path | None = None,
+    num_fewshot: Mapping[str, int | None] | None = None,
+) -> dict[str, LoadedTask]:
+    """Load tasks by name, with their questions.
+
+    Args:
+        names: tasks, groups or tags, of `task_dir`, of those that come with the code or of lm-eval, looked for in this
+            order.
+        task_dir: a folder of lm-eval YAML files.
+        jglue_data: a folder with the data of the tasks that come with the code; None: it is downloaded.
+        num_fewshot: name → number of examples in a prompt; None, or a name that is missing: what the task says. As in
+            lm-eval, it does not change a task that says 0.
+
+    Returns:
+        Task → task. A group or tag becomes its tasks.
+
+    Raises:
+        TaskError: an unknown name, a task that is named twice, or one that has no data here, or whose data is broken.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    _compile_templates_once()
+    manager = _task_manager(frozenset(names), task_dir, jglue_data)
+    tasks: dict[str, LoadedTask] = {}
+    for entry in names:
+        for task in _load(manager, entry):
+            name = task.task_name
+            if name in tasks:
+                raise TaskError(f"task {name}: is named twice, by {tasks[name].entry} and by {entry}")
+            tasks[name] = _prepare(name, entry, task, (num_fewshot or {}).get(entry))
+    return tasks
+
+
+def one_line(error: BaseException) -> str:
+    """An error of somebody else's code as one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+
+
+def _load(manager: TaskManager, entry: str) -> list[Task]:
+    try:
+        with _seeded():
+            return list(manager.load([entry])["tasks"].values())
+    except IndexError as error:
+        raise TaskError(f"task {entry}: has no questions: its split is empty ({one_line(error)})") from error
+    except (ValueError, FileNotFoundError) as error:  # of our own task files, and of datasets
+        raise TaskError(f"task {entry}: {' '.join(str(error).split())[:400]}") from error
+    except Exception as error:
+        raise TaskError(f"task {entry}: cannot be loaded: {one_line(error)}") from error
+
+
+def _prepare(name: str, entry: str, task: Task, num_fewshot: int | None) -> LoadedTask:
+    for attribute, what in (("MULTIMODAL", "is of images or sounds"), ("UNSAFE_CODE", "runs code that a model wrote")):
+        if getattr(task, attribute, False):
+            raise TaskError(f"task {name}: {what}, which is not supported")
+    own = task.get_config("num_fewshot")
+    if own is None or (num_fewshot is not None and own != 0):
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    with _seeded():
+        questions = list(task.eval_docs)
+    if not questions:
+        raise TaskError(f"task {name}: has no questions: its split is empty")
+    for method in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+        if hasattr(task, method):
+            setattr(task, method, _remembered(getattr(task, method), questions))
+    return LoadedTask(name=name, entry=entry, task=task, questions=questions)
+
+
+def _remembered(function: Callable[..., Any], questions: Sequence[Any]) -> Callable[..., Any]:
+    """A function that fills in a template of a question, called once for each: every trial would ask it again."""
+    known = {id(question) for question in questions}
+    values: dict[int, Any] = {}
+
+    @functools.wraps(function)
+    def remembered(doc: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or id(doc) not in known:
+            return function(doc, *args, **kwargs)
+        if id(doc) not in values:
+            values[id(doc)] = function(doc)
+        return values[id(doc)]
+
+    return remembered
+
+
+def _compile_templates_once() -> None:
+    """Keep lm-eval from compiling a template anew for every question."""
+    environment = lm_eval.utils.env
+    if not hasattr(environment.from_string, "cache_info"):
+        environment.from_string = functools.lru_cache(maxsize=1024)(environment.from_string)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Seed the global generators as lm-eval's command line does, for tasks that shuffle with them, and restore them."""
+    legacy = np.random.mtrand._rand  # the global generator, which a task's own code may draw from
+    states = random.getstate(), legacy.get_state(), torch.get_rng_state()
+    random.seed(0)
+    legacy.seed(FEWSHOT_SEED)
+    torch.manual_seed(FEWSHOT_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        legacy.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+@functools.cache
+def _task_manager(names: frozenset[str], task_dir: Path | None, jglue_data: Path | None) -> TaskManager:
+    if task_dir is not None and not task_dir.is_dir():
+        raise TaskError(f"--task_dir {task_dir}: no such folder")
+    if jglue_data is not None and not jglue_data.is_dir():
+        raise TaskError(f"--jglue_data {jglue_data}: no such folder")
+    folders = [str(folder) for folder in (BENCHMARKS, task_dir) if folder is not None and folder.is_dir()]
+    metadata = None if jglue_data is None else {"jglue_data": str(jglue_data)}
+    manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
+    ours = sorted(manager.all_tasks)
+    if names <= set(ours):
+        return manager
+    # The index of lm-eval's own tasks takes ten seconds: made only when a name asks for it.
+    manager = TaskManager(include_path=folders, metadata=metadata)
+    if unknown := sorted(names - set(manager.all_tasks)):
+        raise TaskError(
+            f"unknown tasks: {', '.join(unknown)}: `lm_eval ls tasks` lists those of lm-eval, in "
+            f"{' and '.join(folders)} are {', '.join(ours)}"
+        )
+    return manager

@@ -1,0 +1,138 @@
+"""The questions of a run: tasks, what counts of them, and which of their questions are asked when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from tvmerge.config import JglueConfig
+from tvmerge.errors import ConfigError
+from tvmerge.evaluators import Goals, TaskGoal
+from tvmerge.evaluators.lm_eval import ChatFormat, LmEvalEvaluator
+from tvmerge.evaluators.measure import Measure, choose_measure
+from tvmerge.evaluators.split import split_questions
+from tvmerge.evaluators.tasks import LoadedTask, load_tasks
+from tvmerge.files import local_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Questions", "Tasks", "ask_questions", "open_tasks"]
+
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks of a run, and what counts of them."""
+
+    loaded: Mapping[str, LoadedTask]
+    measures: Mapping[str, Measure]
+    goals: Goals
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of a run, ready to be asked."""
+
+    search: LmEvalEvaluator
+    heldout: LmEvalEvaluator | None  # None: none is held out
+    goals: Goals
+    notes: Sequence[str]  # what the user should know of them
+
+
+def open_tasks(config: JglueConfig) -> Tasks:
+    """Load the tasks of a configuration and choose their metrics, which no model is needed for.
+
+    Raises:
+        ConfigError: a setting names a task that is not asked.
+        TaskError: a task that cannot be loaded or scored.
+    """
+    task_dir = None if config.task_dir is None else local_path(config.task_dir, flag="--task_dir")
+    jglue_data = None if config.jglue_data is None else local_path(config.jglue_data, flag="--jglue_data")
+    loaded = load_tasks(config.tasks, task_dir=task_dir, jglue_data=jglue_data, num_fewshot=config.shots)
+    metrics = _by_task(config.metrics, loaded.values(), flag="--task_metric")
+    weights = _by_task(config.task_weights, loaded.values(), flag="--task_weight")
+    entries = [task.entry for task in loaded.values()]
+    measures, goals = {}, {}
+    for name, task in loaded.items():
+        measures[name] = choose_measure(name, task.task, metrics.get(name))
+        # The tasks of a group share the group's weight: one of fifty tasks is to count as much as any other entry.
+        share = 1 if name in config.task_weights else 1 / entries.count(task.entry)
+        goals[name] = measures[name].goal(weight=weights.get(name, 1.0) * share)
+    if not any(goal.weight for goal in goals.values()):
+        raise ConfigError("--task_weight leaves no task a weight: at least one must count")
+    return Tasks(loaded=loaded, measures=measures, goals=goals)
+
+
+def ask_questions(config: JglueConfig, tasks: Tasks, tokenizer: PreTrainedTokenizerBase) -> Questions:
+    """Choose the questions of each task and build all their requests.
+
+    Args:
+        config: of the run.
+        tasks: of the run.
+        tokenizer: of the target model, whose template makes chats.
+
+    Raises:
+        ConfigError: a chat template is asked for, and there is none.
+        TaskError: a question that cannot be put, or too few of them.
+    """
+    if config.apply_chat_template and not tokenizer.chat_template:
+        raise ConfigError("--apply_chat_template: the target's tokenizer has no chat template")
+    chat = ChatFormat(
+        system_instruction=config.system_instruction,
+        tokenizer=tokenizer if config.apply_chat_template else None,
+        fewshot_as_multiturn=config.fewshot_as_multiturn,
+    )
+    searched, heldout, notes = {}, {}, []
+    for name, task in tasks.loaded.items():
+        n_questions, limit = len(task.questions), config.limits[task.entry]
+        split = split_questions(
+            name=name,
+            n_questions=n_questions,
+            holdout=config.holdout,
+            limit=limit,
+            seed=config.question_seed,
+            labels=task.labels,
+        )
+        searched[name], heldout[name] = split.search, split.heldout
+        notes += _notes(config, task, n_search=len(split.search), goal=tasks.goals[name])
+
+    def evaluator(questions: Mapping[str, Sequence[int]]) -> LmEvalEvaluator:
+        return LmEvalEvaluator(
+            tasks=tasks.loaded,
+            questions=questions,
+            measures=tasks.measures,
+            chat=chat,
+            seed=config.question_seed,
+        )
+
+    return Questions(
+        search=evaluator(searched),
+        heldout=evaluator(heldout) if config.holdout else None,
+        goals=tasks.goals,
+        notes=notes,
+    )
+
+
+def _notes(config: JglueConfig, task: LoadedTask, *, n_search: int, goal: TaskGoal) -> list[str]:
+    limit, shots = config.limits[task.entry], config.shots[task.entry]
+    used = task.task.get_config("num_fewshot")
+    notes = []
+    if limit is not None and limit > n_search:
+        notes.append(f"task {task.name}: the limit of {limit} is more than the {n_search} questions left to search on")
+    if shots is not None and shots != used:
+        notes.append(f"task {task.name}: is asked with {used} examples, as it says itself, not {shots}")
+    if not goal.higher_is_better:
+        notes.append(f"task {task.name}: {goal.metric} is minimised")
+    return notes
+
+
+def _by_task(chosen: Mapping[str, _Value], tasks: Iterable[LoadedTask], *, flag: str) -> dict[str, _Value]:
+    """The setting of each task: its own, or that of the group that named it."""
+    tasks = list(tasks)
+    known = {name for task in tasks for name in (task.name, task.entry)}
+    if unknown := sorted(set(chosen) - known):
+        raise ConfigError(f"{flag} {unknown[0]}: no such task is asked, they are {', '.join(sorted(known))}")
+    return {task.name: chosen[name] for task in tasks for name in (task.entry, task.name) if name in chosen}
