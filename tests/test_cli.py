@@ -47,11 +47,11 @@ def assert_refused(arguments: list[str], message: str, output: Path, capsys: pyt
         (["--jglue_tasks", ""], "--jglue_tasks must name"),
         (
             ["--task_metric", "tiny_choice=f2"],
-            "task tiny_choice: has no metric 'f2', its metrics are acc, its filters none",
+            "has no metric 'f2', its metrics are acc, its filters none",
         ),
         (
             ["--task_metric", "tiny_choise=acc"],
-            "--task_metric tiny_choise: no such task is asked, they are tiny_choice",
+            "tiny_choise: no such task is asked, they are tiny_choice",
         ),
         (["--task_metric", "acc"], "--task_metric acc: must be task=metric"),
         (["--task_weight", "tiny_choice=heavy"], "--task_weight tiny_choice=heavy: must be a number"),
@@ -61,7 +61,7 @@ def assert_refused(arguments: list[str], message: str, output: Path, capsys: pyt
         (["--num_fewshot", "1,2,3"], "--num_fewshot must be one number or one for each of the 2 tasks, got 3"),
         (["--jglue_data", "nowhere"], "--jglue_data nowhere: no such folder"),
         (["--apply_chat_template"], "the target's tokenizer has no chat template"),
-        (["--batch_size", "many"], "Got value: many"),
+        (["--batch_size", "many"], "--batch_size must be a whole number or auto, got 'many'"),
         (["--task_dir", "nowhere"], "--task_dir nowhere: no such folder"),
         (["--optimize_mode", "layers"], "unknown granularity 'layers', known are uniform, block:k, all"),
         (["--optuna_sampler", "tpe"], "Got value: tpe"),

@@ -192,7 +192,7 @@ class JglueConfig(MergeConfig):
     fewshot_as_multiturn: bool = True
     holdout: float = 0.3
     question_seed: int = 0
-    batch_size: int | Literal["auto"] = 16
+    batch_size: int | str = 16
     device: str = "auto"
     output_dir: str = "output"
 
@@ -214,7 +214,9 @@ class JglueConfig(MergeConfig):
             )
         for name, least in (("n_trials", 2), ("optuna_seed", 0), ("question_seed", 0), ("batch_size", 1)):
             value = getattr(self, name)
-            if value == "auto":
+            if name == "batch_size" and isinstance(value, str):
+                if value != "auto":
+                    raise ConfigError(f"--batch_size must be a whole number or auto, got {value!r}")
                 continue
             if value < least:
                 raise ConfigError(f"--{name} must be at least {least}, got {value}")
