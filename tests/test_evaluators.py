@@ -163,10 +163,32 @@ def test_the_search_never_sees_a_held_out_question(n: int, holdout: float, limit
     assert set(search) <= set(more_search)
 
 
+@given(labels=st.lists(st.sampled_from("abc"), min_size=20, max_size=200), limit=st.integers(1, 200))
+def test_labels_keep_their_shares_whatever_the_limit(labels: list[str], limit: int) -> None:
+    split = split_questions(name="t", n_questions=len(labels), holdout=0.3, limit=limit, seed=0, labels=labels)
+    for part in (split.search, split.heldout):
+        for label in "abc":
+            share = labels.count(label) / len(labels)
+            # A stretch of the order holds each label as often as its share says, but for one at either end.
+            assert abs(sum(labels[i] == label for i in part) - share * len(part)) <= 2
+
+
+def test_a_shuffled_subset_is_taken_and_not_the_first_questions() -> None:
+    labels = ["a"] * 50 + ["b"] * 50
+    parts = [
+        split_questions(name="t", n_questions=100, holdout=0, limit=20, seed=seed, labels=labels).search
+        for seed in (0, 0, 1)
+    ]
+    assert parts[0] == parts[1] != parts[2]
+    assert max(parts[0]) > 50
+
+
 def test_split_is_golden() -> None:
     # Held to the digit: another split would silently mix questions into a study that is resumed.
     split = split_questions(name="jnli", n_questions=10, holdout=0.3, limit=4, seed=0)
     assert (split.search, split.heldout) == ([1, 6, 7, 8], [0, 3, 9])
+    split = split_questions(name="jnli", n_questions=9, holdout=0.3, limit=3, seed=0, labels="aaabbbccc")
+    assert (split.search, split.heldout) == ([1, 4, 6], [0, 3, 8])
 
 
 def test_unscored_is_not_zero() -> None:

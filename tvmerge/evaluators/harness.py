@@ -1,4 +1,8 @@
-"""lm-eval's wrapper of a transformers model, with requests that are tokenised and laid out once for all trials."""
+"""lm-eval's wrapper of a transformers model, with requests that are tokenised and laid out once for all trials.
+
+Texts become tokens as lm-eval makes them. What it then does with the model is done by `models/likelihood.py` and
+`models/generation.py`; a model or a request that these cannot take is left to lm-eval itself.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,13 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from tvmerge.errors import TaskError
+from tvmerge.models.batching import TokenBudget
+from tvmerge.models.generation import GenerationRequest, PreparedGeneration, can_generate_here
+from tvmerge.models.likelihood import PackedLikelihoods, longest_row, shares_prefixes
 from tvmerge.models.transformers import TransformersModel
 
 __all__ = ["Answers", "HarnessModel"]
@@ -18,17 +28,30 @@ Done = Callable[[Sequence[int]], None]
 #: Answers the requests that it was prepared for, with the weights that the model has now.
 Answers = Callable[[Done], list[Any]]
 
+#: Tokens of a batch, if nobody says how many requests: on a GPU halved until they fit, on a CPU more gain nothing.
+START_TOKENS = {"cuda": 65536, "cpu": 4096}
+#: Settings of a generation that say no more than that it is greedy.
+GREEDY = {"do_sample": (False,), "temperature": (0.0,)}
+
 
 class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
     """A live model as lm-eval sees it.
 
     Args:
-        model: the live model and its tokenizer.
-        batch_size: requests that the model answers at a time.
+        model: the live model and its tokenizer, with the weights of any real model of its kind: whether it can share
+            the computation of prompts that begin alike is found out by trying.
+        batch_size: requests of the greatest length that the model answers at a time; `auto`: as many as fit.
+        tokens: with `auto`, how many tokens of a batch an earlier process has found to fit.
     """
 
-    def __init__(self, model: TransformersModel, *, batch_size: int) -> None:
-        super().__init__(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size)
+    def __init__(self, model: TransformersModel, *, batch_size: int | str, tokens: int | None = None) -> None:
+        size = batch_size if isinstance(batch_size, int) else 16
+        super().__init__(pretrained=model.model, tokenizer=model.tokenizer, batch_size=size)
+        causal = self.backend == "causal"
+        self._is_auto = not isinstance(batch_size, int)
+        self.budget = TokenBudget(tokens or START_TOKENS.get(model.model.device.type, START_TOKENS["cuda"]))
+        self._shares = causal and shares_prefixes(model.model)
+        self._generates = causal and can_generate_here(model.model)
         self._encoded: dict[Any, list[int]] = {}
 
     def tok_encode(
@@ -38,20 +61,112 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """Token ids of a text, remembered."""
+        """Token ids of a text, remembered: the choices of a question share its prompt."""
         key = (string, add_special_tokens, left_truncate_len, *sorted(kwargs.items()))
         if key not in self._encoded:
             self._encoded[key] = super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
         return list(self._encoded[key])
 
     def prepare(self, request_type: str, instances: Sequence[Instance]) -> Answers:
-        """Lay out requests of one type.
+        """Tokenise and lay out requests of one type.
 
         Args:
             request_type: as lm-eval spells it: loglikelihood, loglikelihood_rolling or generate_until.
             instances: the requests; one that is to be answered several times stands in it several times.
+
+        Returns:
+            What answers them, in their order: a pair of log-likelihood and whether it is the greedy continuation, a
+            log-likelihood, or a text; None for a text that the model gives no numbers for.
+
+        Raises:
+            TaskError: a request that no model can answer: without a continuation, or longer than the model takes.
         """
-        return self._as_lm_eval(request_type, instances)
+        try:
+            if self.backend != "causal":
+                return self._as_lm_eval(request_type, instances)
+            if request_type == "loglikelihood":
+                return self._likelihoods([self._pair(*instance.args) for instance in instances])
+            if request_type == "loglikelihood_rolling":
+                return self._rolling([self._windows(*instance.args) for instance in instances])
+            return self._generation(instances)
+        except ValueError as error:
+            names = ", ".join(dict.fromkeys(str(instance.task_name) for instance in instances))
+            raise TaskError(f"tasks {names}: {error}") from error
+        finally:
+            self._encoded.clear()
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The tokens of a context and of its continuation, as lm-eval's `loglikelihood` makes them."""
+        if context:
+            pair: tuple[list[int], list[int]] = self._encode_pair(context, continuation)
+            return pair
+        ids = self.tok_encode(continuation, add_special_tokens=False)
+        return (ids[:1], ids[1:]) if ids[:1] == [self.prefix_token_id] else ([self.prefix_token_id], ids)
+
+    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        """The parts of a long text, each with what it is predicted from, as in lm-eval's `loglikelihood_rolling`."""
+        windows = get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=1,
+        )
+        return [make_disjoint_window(window) for window in windows]
+
+    def _budget(self, longest: int) -> TokenBudget:
+        return self.budget if self._is_auto else TokenBudget(self.batch_size * longest)
+
+    def _likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Answers:
+        longest = max(min(len(context) + len(continuation) - 1, self.max_length) for context, continuation in pairs)
+        budget = self._budget(longest)
+        packed = PackedLikelihoods(
+            pairs,
+            max_length=self.max_length,
+            max_row=min(budget.tokens, longest_row(self.model)),
+            share=self._shares,
+        )
+        return lambda done: packed.score(self.model, budget=budget, done=done)
+
+    def _rolling(self, texts: Sequence[list[tuple[list[int], list[int]]]]) -> Answers:
+        text_of = [index for index, windows in enumerate(texts) for _ in windows]
+        score = self._likelihoods([window for windows in texts for window in windows])
+
+        def answers(done: Done) -> list[Any]:
+            left = [len(windows) for windows in texts]
+
+            def windows_done(indices: Sequence[int]) -> None:
+                for index in indices:
+                    left[text_of[index]] -= 1
+                done([text for text in {text_of[index] for index in indices} if not left[text]])
+
+            sums = [0.0] * len(texts)
+            for text, (likelihood, _) in zip(text_of, score(windows_done), strict=True):
+                sums[text] += likelihood
+            return sums
+
+        return answers
+
+    def _generation(self, instances: Sequence[Instance]) -> Answers:
+        requests = [self._generation_request(*instance.args) for instance in instances]
+        if not self._generates or None in requests:
+            return self._as_lm_eval("generate_until", instances)
+        greedy = [request for request in requests if request is not None]
+        prepared = PreparedGeneration(greedy, self.tokenizer)
+        budget = self._budget(max(len(request.prompt) + request.max_new_tokens for request in greedy))
+        return lambda done: prepared.texts(prepared.run(self.model, budget=budget, done=done))
+
+    def _generation_request(self, context: str, settings: dict[str, Any]) -> GenerationRequest | None:
+        """The request as lm-eval's `generate_until` makes it; None if it is not plainly greedy."""
+        known = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        stop = handle_stop_sequences(known.pop("until", None), eos=eos)
+        n_new = known.pop("max_gen_toks")
+        if n_new >= self.max_length:
+            raise ValueError(f"answers of {n_new} tokens are asked for, of a model that takes {self.max_length} in all")
+        if any(value not in GREEDY.get(name, ()) for name, value in known.items()):
+            return None
+        prompt = self.tok_encode(context, left_truncate_len=self.max_length - n_new)
+        return GenerationRequest(prompt=prompt, max_new_tokens=n_new, stop=tuple(stop))
 
     def _as_lm_eval(self, request_type: str, instances: Sequence[Instance]) -> Answers:
         def answers(done: Done) -> list[Any]:
