@@ -1,0 +1,193 @@
+"""Packed log-likelihoods: those of one request at a time, for models of every kind."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import architectures
+import pytest
+import torch
+from conftest import CHARACTERS, save_tokenizer
+from lm_eval.models.huggingface import HFLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    FalconConfig,
+    Lfm2Config,
+    MambaConfig,
+    MistralConfig,
+    MptConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RwkvConfig,
+)
+
+from tvmerge.models.batching import TokenBudget
+from tvmerge.models.likelihood import PackedLikelihoods, longest_row, shares_prefixes
+
+Request = tuple[list[int], list[int]]
+
+VOCABULARY = 40
+_SMALL: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 16, "bos_token_id": 1, "eos_token_id": 2}
+_HEADS = {"num_hidden_layers": 2, "num_attention_heads": 2}
+#: Causal models that look at a row as one sequence: ALiBi, recurrent states, convolutions.
+NOT_SHARING: dict[str, Callable[[], Any]] = {
+    "bloom": lambda: BloomConfig(**_SMALL, n_layer=2, n_head=2),
+    "falcon": lambda: FalconConfig(**_SMALL, **_HEADS, alibi=True),
+    "mpt": lambda: MptConfig(vocab_size=VOCABULARY, d_model=16, n_heads=2, n_layers=2, max_seq_len=64),
+    "mamba": lambda: MambaConfig(**_SMALL, num_hidden_layers=2, state_size=4),
+    "rwkv": lambda: RwkvConfig(**_SMALL, num_hidden_layers=2, attention_hidden_size=16, intermediate_size=32),
+    "lfm2": lambda: Lfm2Config(
+        **_SMALL, **_HEADS, num_key_value_heads=1, intermediate_size=32, layer_types=["conv", "full_attention"]
+    ),
+}
+SHARING = ["llama", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "gpt_neox", "gpt2", "qwen3_moe", "gemma3_vision"]
+
+
+def build(config: Any, *, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model.eval()
+
+
+def windowed(window: int) -> PreTrainedModel:
+    sizes = {**_SMALL, **_HEADS, "num_key_value_heads": 1, "intermediate_size": 24}
+    return build(MistralConfig(**sizes, max_position_embeddings=128, sliding_window=window))
+
+
+def make_requests(n_questions: int = 6, *, seed: int = 0, longest: int = 30) -> list[Request]:
+    """Questions with five choices each, some of one token, some that begin alike; a block that all share."""
+    draw = random.Random(seed)
+
+    def tokens(n: int) -> list[int]:
+        return [draw.randrange(3, VOCABULARY) for _ in range(n)]
+
+    block = tokens(8)
+    requests = []
+    for _ in range(n_questions):
+        context = block[: draw.choice([0, 8])] + tokens(draw.randint(1, longest - 12))
+        stem = tokens(2)
+        requests += [(context, tokens(1)), (context, tokens(1)), (context, tokens(3)), (context, stem + tokens(1))]
+        requests.append((context, stem + tokens(2)))
+    requests += [requests[0], ([5], [6]), ([5], [6, 7, 8]), ([5], [6, 9])]
+    draw.shuffle(requests)
+    return requests
+
+
+def choices(n_questions: int, *, seed: int) -> list[Request]:
+    """Questions with five choices each, in the order of the questions."""
+    draw = random.Random(seed)
+
+    def tokens(n: int) -> list[int]:
+        return [draw.randrange(3, VOCABULARY) for _ in range(n)]
+
+    contexts = [tokens(draw.randint(10, 30)) for _ in range(n_questions)]
+    return [(context, tokens(draw.randint(1, 4))) for context in contexts for _ in range(5)]
+
+
+def one_by_one(model: PreTrainedModel, requests: Sequence[Request], *, max_length: int) -> list[tuple[float, bool]]:
+    """Each request in a forward pass of its own, of nothing else."""
+    answers = []
+    for context, continuation in requests:
+        whole = (context + continuation)[-(max_length + 1) :]
+        with torch.no_grad():
+            logits = model(torch.tensor([whole[:-1]])).logits[0, -len(continuation) :].double()
+        log_probs = logits - logits.exp().sum(-1, keepdim=True).log()
+        chosen = [float(log_probs[place, token]) for place, token in enumerate(continuation)]
+        greedy = all(int(logits[place].argmax()) == token for place, token in enumerate(continuation))
+        answers.append((math.fsum(chosen), greedy))
+    return answers
+
+
+def assert_same(scores: Sequence[tuple[float, bool]], expected: Sequence[tuple[float, bool]]) -> None:
+    assert [score for score, _ in scores] == pytest.approx([score for score, _ in expected], rel=1e-4)
+    assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
+
+
+def with_greedy(model: PreTrainedModel, requests: Sequence[Request]) -> list[Request]:
+    """The requests, and for each context one whose continuation is the most likely one."""
+    added = []
+    for context, _ in requests[::3]:
+        whole = list(context)
+        for _ in range(2):
+            with torch.no_grad():
+                whole.append(int(model(torch.tensor([whole])).logits[0, -1].argmax()))
+        added.append((context, whole[len(context) :]))
+    return [*requests, *added]
+
+
+@pytest.mark.parametrize("attention", ["default", "eager"])
+@pytest.mark.parametrize("name", SHARING)
+def test_shared_contexts_change_no_score(name: str, attention: str) -> None:
+    model = architectures.build(name)
+    if attention != "default":
+        model.set_attn_implementation(attention)
+    assert shares_prefixes(model)
+    requests = with_greedy(model, make_requests())
+    packed = PackedLikelihoods(requests, max_length=40, max_row=longest_row(model))
+    assert packed.n_tokens < PackedLikelihoods(requests, max_length=40, max_row=1, share=False).n_tokens / 2
+    scores = packed.score(model, budget=TokenBudget(200))
+    assert_same(scores, one_by_one(model, requests, max_length=40))
+    assert {greedy for _, greedy in scores} == {True, False}
+
+
+@pytest.mark.parametrize("name", NOT_SHARING)
+def test_models_that_cannot_share_are_found_and_scored_without(name: str) -> None:
+    model = build(NOT_SHARING[name]())
+    assert not shares_prefixes(model)
+    requests = with_greedy(model, make_requests())
+    packed = PackedLikelihoods(requests, max_length=40, max_row=512, share=False)
+    assert_same(packed.score(model, budget=TokenBudget(200)), one_by_one(model, requests, max_length=40))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder, CHARACTERS)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def harness(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: Sequence[Request], *, batch_size: int = 16
+) -> list[tuple[float, bool]]:
+    wrapper = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=40)
+    asked = [(("", ""), context, continuation) for context, continuation in requests]
+    return list(wrapper._loglikelihood_tokens(asked, disable_tqdm=True))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_the_answers_are_those_of_lm_eval(tokenizer: PreTrainedTokenizerBase, share: bool) -> None:
+    model = architectures.build("qwen2")
+    requests = with_greedy(model, make_requests(20, longest=60))  # some are cut from the left
+    packed = PackedLikelihoods(requests, max_length=40, max_row=100, share=share)
+    assert_same(packed.score(model, budget=TokenBudget(640)), harness(model, tokenizer, requests))
+
+
+def n_differing(ours: Sequence[tuple[float, bool]], theirs: Sequence[tuple[float, bool]], n_choices: int) -> int:
+    """How many questions have another best choice, or a choice with another flag."""
+    differing = 0
+    for start in range(0, len(ours), n_choices):
+        a, b = ours[start : start + n_choices], theirs[start : start + n_choices]
+        best = [max(range(n_choices), key=lambda i, scores=each: scores[i][0]) for each in (a, b)]
+        differing += best[0] != best[1] or [flag for _, flag in a] != [flag for _, flag in b]
+    return differing
+
+
+@pytest.mark.full
+def test_bfloat16_differs_from_lm_eval_as_lm_eval_does_from_itself(tokenizer: PreTrainedTokenizerBase) -> None:
+    differing = {"ours": 0, "theirs": 0}
+    for seed in range(10):
+        model = architectures.build("llama", seed=seed).to(torch.bfloat16)
+        requests = choices(100, seed=seed)
+        expected = harness(model, tokenizer, requests)
+        ours = PackedLikelihoods(requests, max_length=40, max_row=512).score(model, budget=TokenBudget(640))
+        differing["ours"] += n_differing(ours, expected, 5)
+        differing["theirs"] += n_differing(harness(model, tokenizer, requests, batch_size=1), expected, 5)
+    assert differing["ours"] <= differing["theirs"] + 5, differing  # of 1000 questions
