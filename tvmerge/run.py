@@ -149,7 +149,9 @@ class JglueRun:
 
     def run(self) -> None:
         """Run the trials that are not done yet, then prove and save the best."""
-        harness = HarnessModel(self.model, batch_size=self.config.batch_size)
+        # Found once: another batch size would give other rounding errors.
+        tokens = self.study.recall("batch_tokens")
+        harness = HarnessModel(self.model, batch_size=self.config.batch_size, tokens=tokens)
         progress = RunProgress(n_trials=self.config.n_trials, n_finished=self.study.n_finished)
         for note in self.questions.notes:
             progress.note(note)
@@ -183,6 +185,8 @@ class JglueRun:
 
         while self.study.n_finished < self.config.n_trials:
             result = self.study.run_trial(evaluate)
+            if self.study.recall("batch_tokens") != harness.budget.tokens:
+                self.study.remember("batch_tokens", harness.budget.tokens)
             best = self.study.best()
             progress.finish_trial(score=None if result is None else result.score, best=(best.score, best.number))
             if result is None:

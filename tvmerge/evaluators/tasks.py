@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import logging
 import random
@@ -176,8 +177,11 @@ def _task_manager(names: frozenset[str], task_dir: Path | None, jglue_data: Path
     # The index of lm-eval's own tasks takes ten seconds: made only when a name asks for it.
     manager = TaskManager(include_path=folders, metadata=metadata)
     if unknown := sorted(names - set(manager.all_tasks)):
+        likely = difflib.get_close_matches(unknown[0], manager.all_tasks, n=1)
+        hint = f" (is {likely[0]} meant?)" if likely else ""
+        own = [name for name in ours if "-" not in name]  # those in the prompt styles of older scripts are many
         raise TaskError(
-            f"unknown tasks: {', '.join(unknown)}: `lm_eval ls tasks` lists those of lm-eval, in "
-            f"{' and '.join(folders)} are {', '.join(ours)}"
+            f"unknown tasks: {', '.join(unknown)}{hint}: in {' and '.join(folders)} are {', '.join(own)}, and "
+            "`lm_eval ls tasks` lists those of lm-eval"
         )
     return manager
