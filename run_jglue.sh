@@ -10,9 +10,12 @@ TARGET_MODEL=demo/models/target
 BASE_MODEL=demo/models/base
 TUNED_MODEL=(demo/models/tuned) # several: (a b:base_of_b); LoRA adapters too
 
-# Tasks: lm-eval's by name, or those of TASK_DIR.
+# Tasks: those of TASK_DIR, those that come with tvmerge, or lm-eval's own. For real models, for instance:
+# JGLUE_TASKS=jcommonsenseqa-1.1-0.3,jnli-1.3-0.2,jsquad-1.1-0.2
 JGLUE_TASKS=toy_jcommonsenseqa,toy_jnli,toy_marc_ja,toy_jsquad
-JGLUE_LIMIT=100
+JGLUE_LIMIT=100    # questions per task in a trial
+JGLUE_DATA=        # folder with JGLUE's files; empty: they are downloaded
+NUM_FEWSHOT=       # examples in a prompt; empty: what the task says, 3 for JGLUE
 TASK_DIR=demo/tasks
 
 # Search
@@ -37,6 +40,8 @@ python -m tvmerge jglue \
   --jglue_tasks "$JGLUE_TASKS" \
   --jglue_limit "$JGLUE_LIMIT" \
   --task_dir "$TASK_DIR" \
+  ${JGLUE_DATA:+--jglue_data "$JGLUE_DATA"} \
+  ${NUM_FEWSHOT:+--num_fewshot "$NUM_FEWSHOT"} \
   --optimize_mode "$OPTIMIZE_MODE" \
   --optuna_sampler "$OPTUNA_SAMPLER" \
   --weight_min "$WEIGHT_MIN" \

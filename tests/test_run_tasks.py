@@ -1,0 +1,240 @@
+"""Whole runs over other tasks than plain accuracies: groups, perplexities, custom code, tasks that say nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, TASKS, Trio
+
+from tvmerge.cli import main
+from tvmerge.evaluators import QuestionScore, TaskGoal, mean_score, task_scores
+from tvmerge.evaluators.tasks import load_tasks
+
+#: Scores a saved model again, in a process of its own.
+AGAIN = """
+import json, sys
+from pathlib import Path
+from tvmerge.checkpoint import Checkpoint
+from tvmerge.config import JglueConfig
+from tvmerge.evaluators.harness import HarnessModel
+from tvmerge.hub import resolve
+from tvmerge.models.transformers import TransformersModel, load_tokenizer
+from tvmerge.questions import ask_questions, open_tasks
+import yaml
+
+output = Path(sys.argv[1])
+config = JglueConfig(**yaml.safe_load((output / "config.yaml").read_text()))
+folder = output / "best"
+questions = ask_questions(config, open_tasks(config), load_tokenizer(folder))
+live = TransformersModel.from_folder(folder, checkpoint=Checkpoint(resolve(str(folder))), device="cpu")
+harness = HarnessModel(live, batch_size=config.batch_size)
+scores = questions.search.score(harness, lambda n: None)
+print(json.dumps([[s.task, s.question, s.score] for s in scores]))
+"""
+
+
+def flags(trio: Trio, output: Path, *more: str, tasks: str = "tiny_choice,tiny_extract") -> list[str]:
+    return [
+        *("jglue", *trio.flags(), "--jglue_tasks", tasks, "--task_dir", str(TASKS)),
+        *("--jglue_limit", "10", "--n_trials", "4", "--output_dir", str(output), *more),
+    ]
+
+
+def lines(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
+
+
+def best(output: Path) -> dict[str, Any]:
+    recipe: dict[str, Any] = yaml.safe_load((output / "best" / "recipe.yaml").read_text())
+    return recipe["score"]  # type: ignore[no-any-return]
+
+
+def custom_task(folder: Path, **changes: object) -> Path:
+    """A copy of the test's task folder with one more task."""
+    for path in TASKS.iterdir():
+        if path.is_file():
+            (folder / path.name).write_text(path.read_text())
+    base = yaml.load((TASKS / "tiny_extract.yaml").read_text().replace("!function ", ""), Loader=yaml.SafeLoader)
+    text = yaml.safe_dump({**base, "task": "mine", **changes})
+    for key in ("custom_dataset", "process_results"):
+        text = text.replace(f"{key}: ", f"{key}: !function ")
+    (folder / "mine.yaml").write_text(text)
+    return folder
+
+
+def test_a_perplexity_is_minimised_and_shown_as_lm_eval_shows_it(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(trio, tmp_path, tasks="tiny_perplexity")) == 0
+    captured = capsys.readouterr()
+    assert "task tiny_perplexity: perplexity,none is minimised" in captured.err
+    assert "| tiny_perplexity (perplexity, lower is better) |" in captured.out
+    assert "| **score**" in captured.out
+    goals = {"tiny_perplexity": TaskGoal("perplexity,none", higher_is_better=False, logarithmic=True)}
+    by_trial = {}
+    for line in lines(tmp_path):
+        if line["split"] == "search":
+            score = QuestionScore(line["task"], line["question"], line["score"])
+            by_trial.setdefault(line["trial"], []).append(score)
+    scores = {trial: mean_score(found, goals) for trial, found in by_trial.items()}
+    assert best(tmp_path)["search"] == max(score for score in scores.values() if score is not None)
+    assert all(score is not None and score < 0 for score in scores.values())
+    (shown,) = best(tmp_path)["heldout_tasks"].values()
+    assert shown > 1, "the perplexity itself, not its logarithm"
+
+
+def test_weights_and_directions_change_the_winner(trio: Trio, tmp_path: Path) -> None:
+    found = []
+    for i, weights in enumerate((["tiny_choice=1", "tiny_extract=0"], ["tiny_choice=-1", "tiny_extract=0"])):
+        output = tmp_path / str(i)
+        assert main(flags(trio, output, "--task_weight", *weights)) == 0
+        means = {}
+        for trial in range(4):
+            scores = [
+                QuestionScore(line["task"], line["question"], line["score"])
+                for line in lines(output)
+                if line["trial"] == trial and line["split"] == "search"
+            ]
+            means[trial] = task_scores(scores)["tiny_choice"] or 0.0
+        found.append((best(output)["search"], means))
+    (most, up), (least, down) = found
+    assert most == max(up.values())
+    assert least == -min(down.values())
+    assert min(down.values()) < max(up.values())
+
+
+def test_the_tasks_of_a_group_share_its_weight(trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = custom_task(tmp_path)
+    (folder / "both.yaml").write_text("group: both\ntask: [tiny_extract, mine]\n")
+    output = tmp_path / "out"
+    command = [*flags(trio, output, "--jglue_limit", "10,5", tasks="tiny_choice,both"), "--task_dir", str(folder)]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "| tiny_choice " in out
+    assert "| tiny_extract (exact_match, weight 0.5) |" in out or "| tiny_extract (weight 0.5) |" in out
+    scores = [line for line in lines(output) if line["trial"] == 0 and line["split"] == "search"]
+    assert [sum(line["task"] == task for line in scores) for task in ("tiny_choice", "tiny_extract", "mine")] == [
+        10,
+        5,
+        5,
+    ]
+
+
+def test_a_task_that_is_named_twice_is_refused(trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = custom_task(tmp_path)
+    (folder / "both.yaml").write_text("group: both\ntask: [tiny_extract, mine]\n")
+    command = [*flags(trio, tmp_path / "out", tasks="mine,both"), "--task_dir", str(folder)]
+    assert main(command) == 2
+    assert "task mine: is named twice, by mine and by both" in capsys.readouterr().err
+
+
+def test_a_task_of_its_own_code_is_scored_by_it(trio: Trio, tmp_path: Path) -> None:
+    folder = custom_task(
+        tmp_path,
+        process_results="tiny_own.process_results",
+        metric_list=[{"metric": "length", "aggregation": "mean", "higher_is_better": False}],
+    )
+    (folder / "tiny_own.py").write_text(
+        "def process_results(doc, results):\n"
+        "    assert 'seen' not in doc, 'the last trial wrote into the question'\n"
+        "    doc['seen'] = True\n"
+        "    return {'length': len(results[0])}\n"
+    )
+    command = [*flags(trio, tmp_path / "out", tasks="mine"), "--task_dir", str(folder)]
+    assert main(command) == 0
+    assert best(tmp_path / "out")["search"] <= 0
+    assert {line["score"] for line in lines(tmp_path / "out")} <= {0.0, 1.0, 2.0, 3.0, 4.0}
+
+
+def test_code_that_fails_on_an_answer_says_where(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = custom_task(tmp_path, process_results="tiny_own.process_results")
+    (folder / "tiny_own.py").write_text("def process_results(doc, results):\n    return {'exact_match': 1 / 0}\n")
+    command = [*flags(trio, tmp_path / "out", tasks="mine"), "--task_dir", str(folder)]
+    assert main(command) == 1
+    assert "task mine, question" in capsys.readouterr().err
+
+
+def test_a_metric_over_all_questions_is_refused_and_nothing_is_recorded(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = custom_task(
+        tmp_path,
+        process_results="tiny_own.process_results",
+        metric_list=[{"metric": "best", "aggregation": "AGG", "higher_is_better": True}],
+    )
+    text = (folder / "mine.yaml").read_text().replace("AGG", "!function tiny_own.best")
+    (folder / "mine.yaml").write_text(text)
+    (folder / "tiny_own.py").write_text(
+        "import itertools\ncount = itertools.count()\n"
+        "def process_results(doc, results):\n    return {'best': float(next(count))}\n"
+        "def best(items):\n    return max(items)\n"
+    )
+    command = [*flags(trio, tmp_path / "out", tasks="mine"), "--task_dir", str(folder)]
+    assert main(command) == 2
+    assert "task mine: its metric best is computed over all questions at once" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "scores.jsonl").read_text()
+
+
+def test_a_task_that_tells_no_models_apart_is_said(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Nothing that the models write ever equals this answer.
+    folder = custom_task(tmp_path, doc_to_target="no such answer")
+    command = flags(trio, tmp_path / "out", "--n_trials", "8", tasks="tiny_choice,mine")
+    assert main([*command, "--task_dir", str(folder)]) == 0
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "cannot guide the search" in line]
+    assert warning.startswith("task mine: all 7 models so far got the same score on each of its questions")
+
+
+def test_an_empty_split_is_said(trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = custom_task(tmp_path, custom_dataset="tiny_own.load")
+    (folder / "tiny_own.py").write_text(
+        "import datasets\n"
+        "def load(**_):\n"
+        "    return {'test': datasets.Dataset.from_dict({'question': [], 'answer': []})}\n"
+    )
+    command = [*flags(trio, tmp_path / "out", tasks="mine"), "--task_dir", str(folder)]
+    assert main(command) == 2
+    assert "task mine: has no questions: its split is empty" in capsys.readouterr().err
+
+
+def test_examples_are_counted_per_task_and_a_task_that_wants_none_gets_none(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = custom_task(tmp_path, num_fewshot=2, fewshot_split="test")
+    tasks = load_tasks(["mine", "tiny_choice"], task_dir=folder, num_fewshot={"mine": 1, "tiny_choice": 4})
+    assert [task.task.get_config("num_fewshot") for task in tasks.values()] == [1, 0]
+    command = flags(trio, tmp_path / "out", "--num_fewshot", "1,4", tasks="mine,tiny_choice")
+    assert main([*command, "--task_dir", str(folder)]) == 0
+    assert "task tiny_choice: is asked with 0 examples, as it says itself, not 4" in capsys.readouterr().err
+
+
+def test_a_limit_beyond_the_split_is_said_and_capped(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(trio, tmp_path, "--jglue_limit", "1000,5")) == 0
+    assert "task tiny_choice: the limit of 1000 is more than the 42 questions left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch_size", ["auto", "3"])
+def test_the_saved_model_scores_the_same_in_another_process_to_the_last_digit(
+    trio: Trio, tmp_path: Path, batch_size: str
+) -> None:
+    tasks = "tiny_choice,tiny_extract,tiny_perplexity"
+    assert main(flags(trio, tmp_path, "--batch_size", batch_size, tasks=tasks)) == 0
+    command = [sys.executable, "-c", AGAIN, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    expected = [
+        [line["task"], line["question"], line["score"]]
+        for line in lines(tmp_path)
+        if line["trial"] == best(tmp_path)["trial"] and line["split"] == "search"
+    ]
+    assert json.loads(done.stdout) == expected
