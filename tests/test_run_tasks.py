@@ -77,7 +77,7 @@ def test_a_perplexity_is_minimised_and_shown_as_lm_eval_shows_it(
     assert "| tiny_perplexity (perplexity, lower is better) |" in captured.out
     assert "| **score**" in captured.out
     goals = {"tiny_perplexity": TaskGoal("perplexity,none", higher_is_better=False, logarithmic=True)}
-    by_trial = {}
+    by_trial: dict[int, list[QuestionScore]] = {}
     for line in lines(tmp_path):
         if line["split"] == "search":
             score = QuestionScore(line["task"], line["question"], line["score"])
@@ -222,6 +222,28 @@ def test_a_limit_beyond_the_split_is_said_and_capped(
 ) -> None:
     assert main(flags(trio, tmp_path, "--jglue_limit", "1000,5")) == 0
     assert "task tiny_choice: the limit of 1000 is more than the 42 questions left" in capsys.readouterr().err
+
+
+def test_prompts_that_are_longer_than_the_model_takes_are_said(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = custom_task(tmp_path, doc_to_text="{{question * 21}}")
+    command = [*flags(trio, tmp_path / "out", tasks="mine"), "--task_dir", str(folder)]
+    assert main(command) == 0
+    assert "task mine: 22 requests are longer than the 128 tokens that the model takes" in capsys.readouterr().err
+
+
+def test_an_answer_that_no_model_of_this_length_can_give_is_refused_and_can_be_mended(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = custom_task(tmp_path, generation_kwargs={"until": ["\n"], "max_gen_toks": 500})
+    command = [*flags(trio, tmp_path / "out", tasks="mine"), "--task_dir", str(folder)]
+    assert main(command) == 2
+    message = "answers of 500 tokens are asked for, of a model that takes 128 in all"
+    assert message in capsys.readouterr().err
+    # The folder holds a study of which nothing was scored: it is in nobody's way.
+    assert main(flags(trio, tmp_path / "out")) == 0
+    assert len({line["trial"] for line in lines(tmp_path / "out")} - {None}) == 4
 
 
 @pytest.mark.parametrize("batch_size", ["auto", "3"])

@@ -155,6 +155,14 @@ class JglueRun:
         progress = RunProgress(n_trials=self.config.n_trials, n_finished=self.study.n_finished)
         for note in self.questions.notes:
             progress.note(note)
+        for evaluator in (self.questions.search, self.questions.heldout):
+            if evaluator is not None:
+                evaluator.prepare(harness)
+        for task, n in harness.n_cut.items():
+            progress.note(
+                f"task {task}: {n} requests are longer than the {harness.max_length} tokens that the model takes: they "
+                "are cut from the left"
+            )
         heldout = self.questions.heldout.n_questions if self.questions.heldout else 0
         progress.note(
             f"{len(self.merge.weight_names)} weights, {self.questions.search.n_questions} questions per trial, "

@@ -149,14 +149,19 @@ class MergeStudy:
         self._storage: RDBStorage | None = None
         try:
             self._storage = RDBStorage(f"sqlite:///{quote(str(output_dir / 'study.db'))}")
-            self._study = optuna.create_study(
-                study_name=STUDY_NAME,
-                storage=self._storage,
-                sampler=SeededSampler(name=sampler, seed=seed, search_space=ranges, first=first),
-                direction="maximize",
-                load_if_exists=True,
-            )
-            is_new = self._check_identity(output_dir, json.loads(json.dumps(identity)))
+            settings: dict[str, Any] = {
+                "study_name": STUDY_NAME,
+                "storage": self._storage,
+                "sampler": SeededSampler(name=sampler, seed=seed, search_space=ranges, first=first),
+                "direction": "maximize",
+            }
+            self._study = optuna.create_study(**settings, load_if_exists=True)
+            identity = json.loads(json.dumps(identity))
+            if self.recall("identity") not in (None, identity) and not self.n_finished:
+                # Nothing was scored that another configuration could spoil: what ended the first attempt was mended.
+                optuna.delete_study(study_name=STUDY_NAME, storage=self._storage)
+                self._study = optuna.create_study(**settings)
+            is_new = self._check_identity(output_dir, identity)
             self._check_scores(is_new=is_new)
         except STORAGE_ERRORS as error:
             self.close()
@@ -174,7 +179,7 @@ class MergeStudy:
         if lost:
             raise StudyError(f"{self.scores.path}: lacks the scores of trial {min(lost)}: restore it, or begin anew")
 
-    def _check_identity(self, output_dir: Path, identity: dict[str, Any]) -> bool:
+    def _check_identity(self, output_dir: Path, identity: Mapping[str, Any]) -> bool:
         """Refuse a study of another identity; true if the study is new."""
         known = self._study.user_attrs.get("identity")
         if known is None:

@@ -6,9 +6,10 @@ Texts become tokens as lm-eval makes them. What it then does with the model is d
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -34,6 +35,9 @@ START_TOKENS = {"cuda": 65536, "cpu": 4096}
 GREEDY = {"do_sample": (False,), "temperature": (0.0,)}
 
 
+_Made = TypeVar("_Made")
+
+
 class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
     """A live model as lm-eval sees it.
 
@@ -53,6 +57,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         self._shares = causal and shares_prefixes(model.model)
         self._generates = causal and can_generate_here(model.model)
         self._encoded: dict[Any, list[int]] = {}
+        #: Task → how many of its requests were longer than the model takes, and were cut from the left.
+        self.n_cut: Counter[str] = Counter()
 
     def tok_encode(
         self,
@@ -81,27 +87,38 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         Raises:
             TaskError: a request that no model can answer: without a continuation, or longer than the model takes.
         """
+        if self.backend != "causal":
+            return self._as_lm_eval(request_type, instances)
         try:
-            if self.backend != "causal":
-                return self._as_lm_eval(request_type, instances)
             if request_type == "loglikelihood":
-                return self._likelihoods([self._pair(*instance.args) for instance in instances])
+                pairs = _each(self._pair, instances)
+                too_long = [len(context) + len(continuation) > self.max_length + 1 for context, continuation in pairs]
+                self.n_cut.update(str(i.task_name) for i, cut in zip(instances, too_long, strict=True) if cut)
+                return self._likelihoods(pairs)
             if request_type == "loglikelihood_rolling":
-                return self._rolling([self._windows(*instance.args) for instance in instances])
-            return self._generation(instances)
-        except ValueError as error:
-            names = ", ".join(dict.fromkeys(str(instance.task_name) for instance in instances))
-            raise TaskError(f"tasks {names}: {error}") from error
+                return self._rolling(_each(self._windows, instances))
+            requests = _each(self._generation_request, instances)
+            self.n_cut.update(str(i.task_name) for i in instances if self._is_cut(*i.args))
+            if not self._generates or None in requests:
+                return self._as_lm_eval(request_type, instances)
+            return self._generation([request for request in requests if request is not None])
         finally:
             self._encoded.clear()
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """The tokens of a context and of its continuation, as lm-eval's `loglikelihood` makes them."""
+        pair: tuple[list[int], list[int]]
         if context:
-            pair: tuple[list[int], list[int]] = self._encode_pair(context, continuation)
-            return pair
-        ids = self.tok_encode(continuation, add_special_tokens=False)
-        return (ids[:1], ids[1:]) if ids[:1] == [self.prefix_token_id] else ([self.prefix_token_id], ids)
+            pair = self._encode_pair(context, continuation)
+        else:
+            ids = self.tok_encode(continuation, add_special_tokens=False)
+            pair = (ids[:1], ids[1:]) if ids[:1] == [self.prefix_token_id] else ([self.prefix_token_id], ids)
+        if not pair[0] or not 0 < len(pair[1]) <= self.max_length:
+            raise ValueError(
+                f"{_short(context)} and {_short(continuation)} are {len(pair[0])} and {len(pair[1])} tokens: each must "
+                f"be one at least, and the latter {self.max_length} at most"
+            )
+        return pair
 
     def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
         """The parts of a long text, each with what it is predicted from, as in lm-eval's `loglikelihood_rolling`."""
@@ -146,13 +163,9 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
 
         return answers
 
-    def _generation(self, instances: Sequence[Instance]) -> Answers:
-        requests = [self._generation_request(*instance.args) for instance in instances]
-        if not self._generates or None in requests:
-            return self._as_lm_eval("generate_until", instances)
-        greedy = [request for request in requests if request is not None]
-        prepared = PreparedGeneration(greedy, self.tokenizer)
-        budget = self._budget(max(len(request.prompt) + request.max_new_tokens for request in greedy))
+    def _generation(self, requests: Sequence[GenerationRequest]) -> Answers:
+        prepared = PreparedGeneration(requests, self.tokenizer)
+        budget = self._budget(max(len(request.prompt) + request.max_new_tokens for request in requests))
         return lambda done: prepared.texts(prepared.run(self.model, budget=budget, done=done))
 
     def _generation_request(self, context: str, settings: dict[str, Any]) -> GenerationRequest | None:
@@ -168,6 +181,10 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         prompt = self.tok_encode(context, left_truncate_len=self.max_length - n_new)
         return GenerationRequest(prompt=prompt, max_new_tokens=n_new, stop=tuple(stop))
 
+    def _is_cut(self, context: str, settings: dict[str, Any]) -> bool:
+        n_new: int = normalize_gen_kwargs(settings, self.max_gen_toks)["max_gen_toks"]
+        return bool(len(self.tok_encode(context)) > self.max_length - n_new)
+
     def _as_lm_eval(self, request_type: str, instances: Sequence[Instance]) -> Answers:
         def answers(done: Done) -> list[Any]:
             found: list[Any] = []
@@ -179,3 +196,19 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
             return found
 
         return answers
+
+
+def _each(make: Callable[..., _Made], instances: Sequence[Instance]) -> list[_Made]:
+    """What is made of the arguments of each request."""
+    made = []
+    for instance in instances:
+        try:
+            made.append(make(*instance.args))
+        except ValueError as error:
+            raise TaskError(f"task {instance.task_name}, question {instance.doc_id}: {error}") from error
+    return made
+
+
+def _short(text: str) -> str:
+    """The end of a text, which is where a question is."""
+    return repr(text if len(text) <= 40 else f"...{text[-40:]}")

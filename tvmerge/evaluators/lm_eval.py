@@ -28,6 +28,10 @@ from tvmerge.evaluators.tasks import FEWSHOT_SEED, LoadedTask, one_line
 __all__ = ["ChatFormat", "LmEvalEvaluator"]
 
 
+#: What lm-eval asks of a model.
+REQUEST_TYPES = ("loglikelihood", "loglikelihood_rolling", "generate_until")
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """How a prompt is put: as it is, or as a chat."""
@@ -124,6 +128,29 @@ class LmEvalEvaluator:
                     digest.update(json.dumps(asked, default=str, sort_keys=True).encode())
         return digest.hexdigest()[:16]
 
+    def prepare(self, model: HarnessModel) -> None:
+        """Make the requests ready for a model, as the first `score` would.
+
+        Raises:
+            TaskError: a request that the model cannot take.
+        """
+        prepared = []
+        for kind in REQUEST_TYPES:
+            if requests := self.requests(kind):
+                prepared.append((requests, model.prepare(kind, requests)))
+        self._prepared = model, prepared
+
+    def requests(self, request_type: str) -> list[Instance]:
+        """All requests of a type; one that is to be answered several times stands in it several times."""
+        return [
+            instance
+            for questions in self._questions.values()
+            for question in questions
+            for instance in question.requests
+            if instance.request_type == request_type
+            for _ in range(instance.repeats)
+        ]
+
     def score(self, model: HarnessModel, progress: Progress) -> list[QuestionScore]:
         """Score every question once, in the order of tasks and indices.
 
@@ -139,7 +166,8 @@ class LmEvalEvaluator:
     def _answer(self, model: HarnessModel, progress: Progress) -> set[int]:
         """Give every request the model's answer; returns the ids of those it has none for."""
         if self._prepared is None or self._prepared[0] is not model:
-            self._prepared = model, self._prepare(model)
+            self.prepare(model)
+        assert self._prepared is not None
         # Questions, not requests, are counted: one is done when the last of its requests is.
         waiting = {id(r): q for questions in self._questions.values() for q in questions for r in q.requests}
         left = {id(q): sum(r.repeats for r in q.requests) for q in waiting.values()}
@@ -162,14 +190,6 @@ class LmEvalEvaluator:
                     unanswered.add(id(instance))
                 instance.resps.append("" if answer is None else answer)
         return unanswered
-
-    def _prepare(self, model: HarnessModel) -> list[tuple[list[Instance], Answers]]:
-        by_type: dict[str, list[Instance]] = {}
-        for questions in self._questions.values():
-            for question in questions:
-                for instance in question.requests:
-                    by_type.setdefault(instance.request_type, []).extend([instance] * instance.repeats)
-        return [(instances, model.prepare(kind, instances)) for kind, instances in by_type.items()]
 
     def _collect(self, name: str, unanswered: set[int]) -> list[QuestionScore]:
         task, questions, measure = self._tasks[name], self._questions[name], self._measures[name]

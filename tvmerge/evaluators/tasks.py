@@ -100,7 +100,7 @@ def _load(manager: TaskManager, entry: str) -> list[Task]:
             return list(manager.load([entry])["tasks"].values())
     except IndexError as error:
         raise TaskError(f"task {entry}: has no questions: its split is empty ({one_line(error)})") from error
-    except (ValueError, FileNotFoundError) as error:  # of our own task files, and of datasets
+    except (ValueError, FileNotFoundError, ConnectionError) as error:  # of our own task files, and of datasets
         raise TaskError(f"task {entry}: {' '.join(str(error).split())[:400]}") from error
     except Exception as error:
         raise TaskError(f"task {entry}: cannot be loaded: {one_line(error)}") from error

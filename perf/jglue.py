@@ -1,0 +1,269 @@
+"""What a trial over lm-eval's tasks costs beside the model's forward passes, and what these cost.
+
+`python perf/jglue.py` prints two tables in Markdown. All times of a table are taken in turns within one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+import yaml
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from tvmerge.checkpoint import Checkpoint
+from tvmerge.evaluators.harness import HarnessModel
+from tvmerge.evaluators.lm_eval import LmEvalEvaluator
+from tvmerge.evaluators.tasks import LoadedTask, load_tasks
+from tvmerge.hub import resolve
+from tvmerge.models.transformers import TransformersModel
+
+__all__ = ["ROUNDS", "Timer", "made_up_task", "overhead", "sharing", "wide_model"]
+
+DEMO = Path(__file__).parents[1] / "demo"
+TOYS = ("toy_jcommonsenseqa", "toy_jnli", "toy_marc_ja", "toy_jsquad")
+ROUNDS = 5
+CHARACTERS = "あいうえおかきくけこさしすせそたちつてとなにぬねのはひふへほまみむめもやゆよらりるれろわをん東京山川空海"
+
+
+class Timer:
+    """Seconds that a model spends in its forward passes."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.seconds = 0.0
+        self._model = model
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Time every forward pass inside of the block."""
+        self.seconds = 0.0
+        forward = type(self._model).forward
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return forward(self._model, *args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        self._model.forward = timed
+        try:
+            yield
+        finally:
+            del self._model.forward
+
+
+def live(folder: Path) -> TransformersModel:
+    """A model folder as a live model."""
+    return TransformersModel.from_folder(folder, checkpoint=Checkpoint(resolve(str(folder))), device="cpu")
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def overhead(*, n_questions: int, rounds: int, batch_size: int = 64) -> dict[str, float]:
+    """Seconds of the parts of a run on the embedded models: once per process, and in each trial.
+
+    Args:
+        n_questions: of each of the four toy tasks.
+        rounds: trials; medians are returned.
+        batch_size: of both.
+    """
+    found: dict[str, float] = {}
+    start = time.perf_counter()
+    tasks = load_tasks(TOYS, task_dir=DEMO / "tasks")
+    found["load tasks"] = time.perf_counter() - start
+    start = time.perf_counter()
+    evaluator = LmEvalEvaluator(tasks=tasks, questions={name: range(n_questions) for name in tasks})
+    found["build requests"] = time.perf_counter() - start
+    models = {name: live(DEMO / "models" / name) for name in ("target", "tuned")}
+    model = models["target"]
+    start = time.perf_counter()
+    harness = HarnessModel(model, batch_size=batch_size)
+    found["try what the model can"] = time.perf_counter() - start
+    found["tokenise and lay out"] = seconds(lambda: evaluator.prepare(harness))
+    theirs = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size)
+    manager = TaskManager(include_path=str(DEMO / "tasks"), include_defaults=False)
+    timer = Timer(model.model)
+    times: dict[str, list[float]] = {"trial": [], "forward": [], "lm-eval": [], "lm-eval forward": []}
+    for _ in range(rounds):
+        with timer.running():
+            times["trial"].append(seconds(lambda: evaluator.score(harness, lambda _: None)))
+        times["forward"].append(timer.seconds)
+        with timer.running():
+            times["lm-eval"].append(seconds(lambda: _simple_evaluate(theirs, manager, n_questions)))
+        times["lm-eval forward"].append(timer.seconds)
+    shares = [1 - forward / trial for trial, forward in zip(times["trial"], times["forward"], strict=True)]
+    return {**found, **{name: statistics.median(taken) for name, taken in times.items()}, "outside": min(shares)}
+
+
+def _simple_evaluate(model: HFLM, manager: TaskManager, n_questions: int) -> object:
+    return lm_eval.simple_evaluate(
+        model=model, tasks=list(TOYS), task_manager=manager, limit=n_questions, bootstrap_iters=0
+    )
+
+
+def made_up_task(folder: Path, *, n_questions: int, shots: int = 3) -> Path:
+    """A task of JCommonsenseQA's shape: five choices, examples, instructions; questions of random characters.
+
+    Args:
+        folder: for its files.
+        n_questions: of the task; there are as many examples.
+        shots: examples in a prompt.
+    """
+    generator = random.Random(0)
+
+    def word(least: int, most: int) -> str:
+        return "".join(generator.choices(CHARACTERS, k=generator.randint(least, most)))
+
+    for split in ("train", "validation"):
+        rows = [
+            {"question": word(12, 30), "choices": [word(2, 6) for _ in range(5)], "label": generator.randrange(5)}
+            for _ in range(n_questions)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "made_up",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {s: str(folder / f"{s}.jsonl") for s in ("train", "validation")}},
+        "validation_split": "validation",
+        "fewshot_split": "train",
+        "num_fewshot": shots,
+        "output_type": "multiple_choice",
+        "description": "以下の質問に、選択肢の中から答えてください。\n\n",
+        "doc_to_text": "質問:{{question}}\n選択肢:\n- {{choices|join('\n- ')}}\n答え:",
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / "made_up.yaml").write_text(yaml.safe_dump(task, allow_unicode=True))
+    return folder
+
+
+def wide_model(folder: Path, *, hidden: int, layers: int, vocabulary: int) -> Path:
+    """A random Llama with the toys' tokenizer, as a folder; its vocabulary is wider than the tokenizer's."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        max_position_embeddings=2048,
+        initializer_range=0.05,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    live(DEMO / "models" / "target").tokenizer.save_pretrained(folder)
+    return folder
+
+
+def sharing(
+    model: TransformersModel, tasks: Mapping[str, LoadedTask], *, n_questions: int, rounds: int, batch_size: int = 16
+) -> dict[str, float]:
+    """Seconds of the log-likelihoods of a task, here and by lm-eval's own wrapper, and how often they disagree.
+
+    Args:
+        model: live.
+        tasks: the task.
+        n_questions: of the task.
+        rounds: medians of so many are returned.
+        batch_size: of both.
+    """
+    evaluator = LmEvalEvaluator(tasks=tasks, questions={name: range(n_questions) for name in tasks})
+    harness = HarnessModel(model, batch_size=batch_size)
+    evaluator.prepare(harness)
+    requests = evaluator.requests("loglikelihood")
+    theirs = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size)
+    alone = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=1)
+    answer = harness.prepare("loglikelihood", requests)
+    times: dict[str, list[float]] = {"tvmerge": [], "lm-eval": []}
+    for _ in range(rounds):
+        times["tvmerge"].append(seconds(lambda: answer(lambda _: None)))
+        times["lm-eval"].append(seconds(lambda: theirs.loglikelihood(requests, disable_tqdm=True)))
+    ours = answer(lambda _: None)
+    other = theirs.loglikelihood(requests, disable_tqdm=True)
+    single = alone.loglikelihood(requests, disable_tqdm=True)
+    return {
+        **{name: statistics.median(taken) for name, taken in times.items()},
+        "furthest": max(abs(a[0] - b[0]) for a, b in zip(ours, other, strict=True)),
+        "other answers": _differ(requests, ours, other),
+        "own": _differ(requests, other, single),
+    }
+
+
+def _differ(requests: Sequence[Any], ours: Sequence[Any], other: Sequence[Any]) -> int:
+    """On how many questions two lists of log-likelihoods choose another answer."""
+    chosen: list[dict[int, tuple[float, int]]] = [{}, {}]
+    for request, *pair in zip(requests, ours, other, strict=True):
+        for best, (likelihood, _) in zip(chosen, pair, strict=True):
+            best[request.doc_id] = max(best.get(request.doc_id, (-1e9, 0)), (likelihood, -request.idx))
+    return sum(chosen[0][key][1] != chosen[1][key][1] for key in chosen[0])
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n_questions", type=int, default=500, help="of each task")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args()
+    found = overhead(n_questions=options.n_questions, rounds=options.rounds)
+    once = ["load tasks", "build requests", "try what the model can", "tokenise and lay out"]
+    rows = [[name, f"{found[name]:.2f}"] for name in once]
+    rows += [
+        ["**once per process**", f"{sum(found[name] for name in once):.2f}"],
+        ["forward passes", f"{found['forward']:.2f}"],
+        [f"all else ({found['outside']:.1%} at best)", f"{found['trial'] - found['forward']:.2f}"],
+        ["**each trial**", f"{found['trial']:.2f}"],
+        ["lm_eval.simple_evaluate, of which forward passes", f"{found['lm-eval forward']:.2f}"],
+        [f"**lm_eval.simple_evaluate**, {found['lm-eval'] / found['trial']:.1f} times", f"{found['lm-eval']:.2f}"],
+    ]
+    print(table([f"4 toy tasks of {options.n_questions} questions, medians", "s"], rows))
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tasks = load_tasks(["made_up"], task_dir=made_up_task(folder, n_questions=options.n_questions))
+        wide = live(wide_model(folder / "wide", hidden=512, layers=8, vocabulary=32000))
+        for label, model, n in (("random Llama, 46 M parameters, float32", wide, options.n_questions // 10),):
+            result = sharing(model, tasks, n_questions=n, rounds=max(1, options.rounds // 2))
+            rows.append([label, *_cells(result)])
+    heads = ["3 examples, 5 choices", "tvmerge, s", "lm-eval, s", "times", "furthest", "other answers", "lm-eval's own"]
+    print(table(heads, rows))
+
+
+def _cells(result: Mapping[str, float]) -> list[str]:
+    return [
+        f"{result['tvmerge']:.2f}",
+        f"{result['lm-eval']:.2f}",
+        f"{result['lm-eval'] / result['tvmerge']:.1f}",
+        f"{result['furthest']:.1g}",
+        f"{result['other answers']}",
+        f"{result['own']}",
+    ]
+
+
+if __name__ == "__main__":
+    main()
