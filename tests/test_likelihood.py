@@ -298,6 +298,28 @@ def test_weights_that_show_nothing_share_nothing() -> None:
     assert not shares_prefixes(model)
 
 
+def test_an_error_that_hides_in_small_weights_is_found() -> None:
+    model = build(NOT_SHARING["mpt"]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.2)
+    # Less than any tolerance for rounding, and as large as if positions were wrong: they are not looked at.
+    assert not shares_prefixes(model)
+
+
+def test_a_mask_that_hides_too_little_is_found() -> None:
+    model = architectures.build("gemma2")
+
+    def leak(_: torch.nn.Module, inputs: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if "attention_mask" in arguments:
+            arguments["attention_mask"] = arguments["attention_mask"].clamp(min=-5)
+        return inputs, arguments
+
+    assert shares_prefixes(model)
+    model.register_forward_pre_hook(leak, with_kwargs=True)
+    assert not shares_prefixes(model)
+
+
 def test_no_number_wins_nothing() -> None:
     model = architectures.build("llama")
     with torch.no_grad():
