@@ -207,7 +207,7 @@ def _lines(file: File) -> Iterator[tuple[str, str]]:
     """Every line of a file, after how errors name it."""
     # Not splitlines(): a text may have U+2028 in it, which JSON lets stand.
     lines = _read_text(file).split("\n")
-    if not lines[-1].strip():
+    while lines and not lines[-1].strip():
         lines.pop()
     for number, line in enumerate(lines, start=1):
         yield f"{file.name}, line {number}", line.removesuffix("\r")
