@@ -33,7 +33,7 @@ from transformers import (
     T5Config,
 )
 
-from tvmerge.evaluators.lm_eval import load_tasks
+from tvmerge.evaluators.tasks import load_tasks
 from tvmerge.models import generation
 from tvmerge.models.batching import TokenBudget
 from tvmerge.models.generation import GenerationRequest, PreparedGeneration, can_generate_here

@@ -22,6 +22,8 @@ __all__ = ["JGLUE_URL", "MGSM_URL", "jcommonsenseqa", "jnli", "jsquad", "marc_ja
 JGLUE_URL = "https://raw.githubusercontent.com/yahoojapan/JGLUE/main"
 MGSM_URL = "https://raw.githubusercontent.com/google-research/url-nlp/main"
 #: The version of JGLUE that is downloaded.
+#: How a folder is given, to tvmerge and to lm-eval.
+FLAG = '--jglue_data DIR (lm_eval run: --metadata \'{"jglue_data": "DIR"}\')'
 VERSION = "v1.3"
 
 JNLI_LABELS = ("entailment", "contradiction", "neutral")
@@ -82,12 +84,12 @@ def marc_ja(*, jglue_data: str | None = None, **_: Any) -> Splits:
     """
     try:
         if jglue_data is None:
-            raise FileNotFoundError("no folder is given: name one with the metadata jglue_data")
+            raise FileNotFoundError(f"no folder is given: name one with {FLAG}")
         files = _folder_files("marc_ja", _folder(jglue_data), version="v1.0")
     except FileNotFoundError as error:
         raise FileNotFoundError(
             "MARC-ja is no longer distributed. Who has it puts marc_ja-v1.0/valid-v1.0.json and train-v1.0.json "
-            f"(JSON Lines of review_id, text, label positive or negative) into the folder jglue_data. Here {error}"
+            f"(JSON Lines of review_id, text, label positive or negative) into a folder of your own. Here {error}"
         ) from error
     return _splits(files, _read_marc_ja)
 
@@ -110,7 +112,7 @@ def mgsm_ja(*, jglue_data: str | None = None, mgsm_url: str | None = None, **_: 
         homes = (folder, folder / "mgsm", folder.absolute().parent / "mgsm")
         found = [home / "mgsm_ja.tsv" for home in homes if (home / "mgsm_ja.tsv").is_file()]
         if not found:
-            raise FileNotFoundError(f"jglue_data {folder}: has no mgsm_ja.tsv and no mgsm/mgsm_ja.tsv")
+            raise FileNotFoundError(f"--jglue_data {folder}: has no mgsm_ja.tsv and no mgsm/mgsm_ja.tsv")
         file = File(found[0], str(found[0]))
     return {"test": Dataset.from_list(_not_empty(file, list(_read_mgsm(file))))}
 
@@ -140,7 +142,7 @@ def _jglue_files(name: str, folder: str | None, url: str | None) -> list[File]:
 def _folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"jglue_data {folder}: no such folder")
+        raise FileNotFoundError(f"--jglue_data {folder}: no such folder")
     return folder
 
 
@@ -155,7 +157,7 @@ def _folder_files(name: str, folder: Path, *, version: str = VERSION) -> list[Fi
             if shots is None:
                 raise FileNotFoundError(f"{home}: has neither train nor test, and few-shot examples come from there")
             return [File(path, str(path)) for path in (valid, shots)]
-    raise FileNotFoundError(f"jglue_data {folder}: has no {name}-{version}/valid-{version}.json (nor any other v1)")
+    raise FileNotFoundError(f"--jglue_data {folder}: has no {name}-{version}/valid-{version}.json (nor any other v1)")
 
 
 def _split_file(home: Path, split: str) -> Path | None:
@@ -180,14 +182,14 @@ def _download(url: str) -> File:
         path = str(manager.download(url))
     except OfflineModeIsEnabled as error:
         raise ConnectionError(
-            f"{url}: not in the cache, and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE forbids to download it; a folder "
-            "that has the files can be given as the metadata jglue_data"
+            f"{url}: not in the cache, and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE forbids to download it: name a "
+            f"folder that has it with {FLAG}"
         ) from error
     except (OSError, ValueError, aiohttp.ClientError, asyncio.TimeoutError) as error:
         # fsspec says "file not found" of every failure; its cause knows better.
         cause = error.__cause__ or error
         what = " ".join(f"{type(cause).__name__}: {cause}".split())
-        raise ConnectionError(f"{url}: cannot be downloaded: {what}") from error
+        raise ConnectionError(f"{url}: cannot be downloaded ({what}): name a folder that has it with {FLAG}") from error
     return File(Path(path), f"{url} (in the cache as {path})")
 
 
