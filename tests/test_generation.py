@@ -45,9 +45,9 @@ JAPANESE = ["東京タワーは東京都港区にある。\n", "問:どこ?\n答
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    """One token for each character."""
+    """One token for each character, for all tokens of the models."""
     folder = tmp_path_factory.mktemp("characters")
-    save_tokenizer(folder)
+    save_tokenizer(folder, "abcdefghijklmnopqrstuvwxyz 東京タワー。問題答\n")
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -113,9 +113,8 @@ def with_end(model: PreTrainedModel, requests: Sequence[GenerationRequest]) -> N
     for answer in answers:
         for token in set(answer[1:]):
             often[token] = often.get(token, 0) + 1
-    model.generation_config.eos_token_id = [
-        min(often, key=lambda token: (abs(often[token] - len(answers) // 2), token))
-    ]
+    end = min(often, key=lambda token: (abs(often[token] - len(answers) // 2), token))
+    model.generation_config.eos_token_id = [end, 2]  # and the tokenizer's
 
 
 def window(name: str) -> PreTrainedModel:
@@ -125,12 +124,19 @@ def window(name: str) -> PreTrainedModel:
 
 
 def filled(config: Any, auto_class: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    return varied(auto_class.from_config(config).eval())
+
+
+def varied(model: PreTrainedModel) -> PreTrainedModel:
+    """Fill a model so that its answers vary: many a random one says the same token over and over."""
     torch.manual_seed(0)
-    model: PreTrainedModel = auto_class.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model.eval()
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.5)
+            else:
+                parameter.normal_(mean=float(name.endswith("weight")), std=0.1)
+    return model
 
 
 BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -157,13 +163,14 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_tokens_are_those_of_generate_for_each_prompt_alone(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    model = BUILDERS[name]()
+    model = varied(BUILDERS[name]())
     assert can_generate_here(model)
     requests = random_requests(24, seed=1)
     with_end(model, requests)
     expected = [by_transformers(model, request) for request in requests]
     early = sum(len(answer) < request.max_new_tokens for answer, request in zip(expected, requests, strict=True))
     assert 0 < early < len(requests), "nothing would be seen of answers that end early"
+    assert len({tuple(answer) for answer in expected}) > 6
     assert answer_all(model, tokenizer, requests) == expected
     assert answer_all(model, tokenizer, requests, tokens=1) == expected, "each prompt in a batch of its own"
 
@@ -338,7 +345,7 @@ def test_nothing_outside_is_touched_or_printed(
 
 
 def first_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Sequence[str]) -> int:
-    """The slow reference: the number of tokens whose whole text is the first to hold a stop string; all if none does."""
+    """The slow reference: how many tokens there are when the whole text first holds a stop string, or all."""
     for n in range(1, len(ids) + 1):
         text = tokenizer.decode(list(ids[:n]))
         if any(term in text for term in stop):
@@ -441,12 +448,18 @@ def test_texts_are_those_of_lm_eval(name: str, dtype: torch.dtype) -> None:
     folder = ROOT / "demo" / "models" / name
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     harness = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=50)
+    assert can_generate_here(model)
     instances = demo_instances(200)
     expected = harness.generate_until(instances, disable_tqdm=True)
-    assert can_generate_here(model)
-    prepared = PreparedGeneration(demo_requests(instances, harness), harness.tokenizer)
-    texts = prepared.texts(prepared.run(model, budget=TokenBudget(2000)))
-    differ = sum(text != want for text, want in zip(texts, expected, strict=True))
-    assert len(set(expected)) > 5, "a model that says one thing shows nothing"
-    # In bfloat16 the batches' widths decide how sums are rounded, and so do ties between tokens.
-    assert differ <= (0 if dtype == torch.float32 else 2)
+    assert len(set(expected)) > 4, "a model that says one thing shows nothing"
+    requests = demo_requests(instances, harness)
+    if dtype == torch.float32:
+        prepared = PreparedGeneration(requests, harness.tokenizer)
+        assert prepared.texts(prepared.run(model, budget=TokenBudget(2000))) == expected
+    # In bfloat16 a batch's shape decides how sums are rounded, and so do near ties between tokens: lm-eval's batches.
+    order = sorted(range(200), key=lambda index: (-len(requests[index].prompt), instances[index].args[0]))
+    for start in range(0, 200, 50):
+        batch = order[start : start + 50]
+        prepared = PreparedGeneration([requests[index] for index in batch], harness.tokenizer)
+        texts = prepared.texts(prepared.run(model, budget=TokenBudget(100_000)))
+        assert texts == [expected[index] for index in batch]
