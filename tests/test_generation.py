@@ -14,12 +14,10 @@ import architectures
 import pytest
 import torch
 from conftest import ROOT, save_tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from test_stop_strings import first_end
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -29,7 +27,6 @@ from transformers import (
     OPTConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     T5Config,
 )
 
@@ -37,40 +34,16 @@ from tvmerge.evaluators.tasks import load_tasks
 from tvmerge.models import generation
 from tvmerge.models.batching import TokenBudget
 from tvmerge.models.generation import GenerationRequest, PreparedGeneration, can_generate_here
-from tvmerge.models.stop_strings import StopStrings, cut_at_stop
 
 SIZES = architectures._SIZES
-JAPANESE = ["東京タワーは東京都港区にある。\n", "問:どこ?\n答:港区。\n\n", "駅で緑の石を拾った。\n問題です。\n"]
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    """One token for each character."""
+    """One token for each character, for all tokens of the models."""
     folder = tmp_path_factory.mktemp("characters")
-    save_tokenizer(folder)
+    save_tokenizer(folder, "abcdefghijklmnopqrstuvwxyz 東京タワー。問題答\n")
     return AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture(scope="session")
-def bytes_tokenizer() -> PreTrainedTokenizerBase:
-    """Byte-level BPE whose tokens are parts of characters, characters and words."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<s>", "</s>", "<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(JAPANESE * 3, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="</s>",
-        extra_special_tokens=["<|end|>"],
-    )
 
 
 def random_requests(n: int, *, seed: int, longest: int = 24, stop: tuple[str, ...] = ()) -> list[GenerationRequest]:
@@ -113,9 +86,8 @@ def with_end(model: PreTrainedModel, requests: Sequence[GenerationRequest]) -> N
     for answer in answers:
         for token in set(answer[1:]):
             often[token] = often.get(token, 0) + 1
-    model.generation_config.eos_token_id = [
-        min(often, key=lambda token: (abs(often[token] - len(answers) // 2), token))
-    ]
+    end = min(often, key=lambda token: (abs(often[token] - len(answers) // 2), token))
+    model.generation_config.eos_token_id = [end, 2]  # and the tokenizer's
 
 
 def window(name: str) -> PreTrainedModel:
@@ -125,12 +97,19 @@ def window(name: str) -> PreTrainedModel:
 
 
 def filled(config: Any, auto_class: Any = AutoModelForCausalLM) -> PreTrainedModel:
+    return varied(auto_class.from_config(config).eval())
+
+
+def varied(model: PreTrainedModel) -> PreTrainedModel:
+    """Fill a model so that its answers vary: many a random one says the same token over and over."""
     torch.manual_seed(0)
-    model: PreTrainedModel = auto_class.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model.eval()
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.5)
+            else:
+                parameter.normal_(mean=float(name.endswith("weight")), std=0.1)
+    return model
 
 
 BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -157,13 +136,14 @@ BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_tokens_are_those_of_generate_for_each_prompt_alone(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    model = BUILDERS[name]()
+    model = varied(BUILDERS[name]())
     assert can_generate_here(model)
     requests = random_requests(24, seed=1)
     with_end(model, requests)
     expected = [by_transformers(model, request) for request in requests]
     early = sum(len(answer) < request.max_new_tokens for answer, request in zip(expected, requests, strict=True))
     assert 0 < early < len(requests), "nothing would be seen of answers that end early"
+    assert len({tuple(answer) for answer in expected}) > 6
     assert answer_all(model, tokenizer, requests) == expected
     assert answer_all(model, tokenizer, requests, tokens=1) == expected, "each prompt in a batch of its own"
 
@@ -205,9 +185,14 @@ def test_models_of_few_digits_are_not_refused_for_them(name: str, dtype: torch.d
 
 
 def test_a_repetition_penalty_of_the_model_counts(tokenizer: PreTrainedTokenizerBase) -> None:
-    model = architectures.build("llama")
+    model = varied(architectures.build("llama"))
     requests = random_requests(24, seed=2)
+    liked = by_transformers(model, requests[0])[0]
+    # Padding is token 0, which no prompt holds: counted as seen, it would be less likely than it is.
+    with torch.no_grad():
+        model.lm_head.weight[[0, liked]] = model.lm_head.weight[[liked, 0]]
     without = answer_all(model, tokenizer, requests)
+    assert sum(answer is not None and 0 in answer for answer in without) > 2
     model.generation_config.repetition_penalty = 1.4
     assert can_generate_here(model)
     expected = [by_transformers(model, request) for request in requests]
@@ -272,20 +257,28 @@ def test_running_out_of_memory_halves_the_batch(tokenizer: PreTrainedTokenizerBa
     assert sorted(reported) == list(range(24))
 
 
-def test_logits_that_are_no_numbers_are_no_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_weights_that_are_no_numbers_give_no_answers(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = architectures.build("llama")
     requests = random_requests(8, seed=6)
-    for value in ("nan", "inf"):
-        model = architectures.build("llama")
-        with torch.no_grad():
-            model.get_output_embeddings().weight[5] = float(value)
-        answers = answer_all(model, tokenizer, requests)
-        assert None in answers
-        if value == "nan":
-            assert answers == [None] * 8
-        assert PreparedGeneration(requests, tokenizer).texts(answers).count(None) == answers.count(None)
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    answers = answer_all(model, tokenizer, requests)
+    assert answers == [None] * 8
+    assert PreparedGeneration(requests, tokenizer).texts(answers) == [None] * 8
 
 
-def test_one_row_that_fails_fails_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_tokenizers_end_of_text_ends_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = architectures.build("llama")
+    requests = random_requests(24, seed=10)
+    model.generation_config.eos_token_id = 2
+    expected = [by_transformers(model, request) for request in requests]
+    assert any(len(answer) < request.max_new_tokens for answer, request in zip(expected, requests, strict=True))
+    model.generation_config.eos_token_id = None
+    assert answer_all(model, tokenizer, requests) == expected
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_one_row_that_fails_fails_alone(tokenizer: PreTrainedTokenizerBase, value: str) -> None:
     model = architectures.build("llama")
     requests = random_requests(12, seed=7)
     expected = answer_all(model, tokenizer, requests)
@@ -297,7 +290,7 @@ def test_one_row_that_fails_fails_alone(tokenizer: PreTrainedTokenizerBase) -> N
         steps += 1
         output = forward(**inputs)
         if steps == 2:
-            output.logits[0] = float("nan")
+            output.logits[0, -1, 7] = float(value)
         # A token that is ruled out is no failure.
         output.logits[:, :, 0] = -float("inf")
         return output
@@ -334,68 +327,6 @@ def test_nothing_outside_is_touched_or_printed(
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), parameters, strict=True))
 
 
-# Stop strings.
-
-
-def first_end(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Sequence[str]) -> int:
-    """The slow reference: the number of tokens whose whole text is the first to hold a stop string; all if none does."""
-    for n in range(1, len(ids) + 1):
-        text = tokenizer.decode(list(ids[:n]))
-        if any(term in text for term in stop):
-            return n
-    return len(ids)
-
-
-def our_end(stops: StopStrings, ids: Sequence[int]) -> int:
-    return next((n for n in range(1, len(ids) + 1) if stops.end(ids[:n])), len(ids))
-
-
-STOPS = [("\n",), ("。",), ("問題",), ("\n\n", "答:"), ("京タ", "</s>"), ("区に", "ワー"), ("<|end|>",), ("",), ()]
-
-
-@settings(max_examples=150, deadline=None)
-@given(data=st.data(), stop=st.sampled_from(STOPS))
-def test_a_stop_string_is_seen_at_the_token_that_completes_it(
-    bytes_tokenizer: PreTrainedTokenizerBase, data: st.DataObject, stop: tuple[str, ...]
-) -> None:
-    pieces = [
-        bytes_tokenizer.encode(text, add_special_tokens=False) for text in [*JAPANESE, "問", "題", "\n", "<|end|>"]
-    ]
-    # One token for each byte too, as a model may spell a word that has tokens of its own.
-    pieces += [bytes_tokenizer.convert_tokens_to_ids(list(piece)) for piece in ("åķıé¡Į", "ãĢĤ", "ĊĊ")]
-    vocabulary = st.integers(0, len(bytes_tokenizer) + 2).map(lambda token: [token])
-    parts = data.draw(st.lists(st.one_of(st.sampled_from(pieces), vocabulary), min_size=1, max_size=12))
-    ids = [token for part in parts for token in part]
-    assert our_end(StopStrings(bytes_tokenizer, stop), ids) == first_end(bytes_tokenizer, ids, stop)
-
-
-def test_a_stop_string_over_the_borders_of_tokens_is_seen(bytes_tokenizer: PreTrainedTokenizerBase) -> None:
-    spelled = bytes_tokenizer.convert_tokens_to_ids(list("åķıé¡Į"))
-    assert len(spelled) == 6
-    assert bytes_tokenizer.decode(spelled) == "問題"
-    stops = StopStrings(bytes_tokenizer, ("問題",))
-    ids = [*bytes_tokenizer.encode("駅で", add_special_tokens=False), *spelled]
-    assert our_end(stops, [*ids, 9]) == len(ids)
-
-
-def test_a_token_whose_leading_space_is_dropped_alone_may_complete_a_stop_string() -> None:
-    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "▁a": 1, "a": 2, "▁": 3, "▁b": 4}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    spaced = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-    assert spaced.decode([4]) == "b"
-    assert our_end(StopStrings(spaced, ("a ",)), [1, 4, 4]) == 2
-
-
-def test_few_tokens_are_decoded(bytes_tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    stops = StopStrings(bytes_tokenizer, ("\n",))
-    ids = bytes_tokenizer.encode(JAPANESE[0] * 20, add_special_tokens=False)
-    our_end(stops, ids)
-    ids = [token for token in ids if "\n" not in bytes_tokenizer.decode([token])]
-    monkeypatch.setattr(type(bytes_tokenizer), "decode", lambda *_, **__: pytest.fail("decoded for nothing"))
-    assert our_end(stops, ids) == len(ids)
-
-
 def test_generation_ends_at_stop_strings_and_its_text_is_cut_there(tokenizer: PreTrainedTokenizerBase) -> None:
     model = architectures.build("llama")
     stop = ("ab", "\n", "東", "dd", "</s>")
@@ -408,11 +339,6 @@ def test_generation_ends_at_stop_strings_and_its_text_is_cut_there(tokenizer: Pr
     assert prepared.texts(answers) == [
         postprocess_generated_text(tokenizer.decode(ids, skip_special_tokens=True), list(stop), None) for ids in whole
     ]
-
-
-@given(text=st.text(alphabet="ab\n。", max_size=20), stop=st.lists(st.text(alphabet="ab\n。", max_size=3), max_size=3))
-def test_a_text_is_cut_as_lm_eval_cuts(text: str, stop: list[str]) -> None:
-    assert cut_at_stop(text, stop) == postprocess_generated_text(text, stop, None)
 
 
 # lm-eval itself, on the demo.
@@ -441,12 +367,18 @@ def test_texts_are_those_of_lm_eval(name: str, dtype: torch.dtype) -> None:
     folder = ROOT / "demo" / "models" / name
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     harness = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=50)
+    assert can_generate_here(model)
     instances = demo_instances(200)
     expected = harness.generate_until(instances, disable_tqdm=True)
-    assert can_generate_here(model)
-    prepared = PreparedGeneration(demo_requests(instances, harness), harness.tokenizer)
-    texts = prepared.texts(prepared.run(model, budget=TokenBudget(2000)))
-    differ = sum(text != want for text, want in zip(texts, expected, strict=True))
-    assert len(set(expected)) > 5, "a model that says one thing shows nothing"
-    # In bfloat16 the batches' widths decide how sums are rounded, and so do ties between tokens.
-    assert differ <= (0 if dtype == torch.float32 else 2)
+    assert len(set(expected)) > 4, "a model that says one thing shows nothing"
+    requests = demo_requests(instances, harness)
+    if dtype == torch.float32:
+        prepared = PreparedGeneration(requests, harness.tokenizer)
+        assert prepared.texts(prepared.run(model, budget=TokenBudget(2000))) == expected
+    # In bfloat16 a batch's shape decides how sums are rounded, and so do near ties between tokens: lm-eval's batches.
+    order = sorted(range(200), key=lambda index: (-len(requests[index].prompt), instances[index].args[0]))
+    for start in range(0, 200, 50):
+        batch = order[start : start + 50]
+        prepared = PreparedGeneration([requests[index] for index in batch], harness.tokenizer)
+        texts = prepared.texts(prepared.run(model, budget=TokenBudget(100_000)))
+        assert texts == [expected[index] for index in batch]
