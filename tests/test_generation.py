@@ -347,8 +347,8 @@ def test_generation_ends_at_stop_strings_and_its_text_is_cut_there(tokenizer: Pr
 def demo_instances(n: int) -> list[Instance]:
     tasks = load_tasks(["toy_jsquad"], task_dir=ROOT / "demo" / "tasks")
     with redirect_stderr(io.StringIO()):
-        tasks["toy_jsquad"].build_all_requests(samples=list(range(n)))
-    return list(tasks["toy_jsquad"].instances)
+        tasks["toy_jsquad"].task.build_all_requests(samples=list(range(n)))
+    return list(tasks["toy_jsquad"].task.instances)
 
 
 def demo_requests(instances: Sequence[Instance], harness: HFLM) -> list[GenerationRequest]:
