@@ -26,7 +26,7 @@ WEIGHT_MAX=2
 N_TRIALS=30
 OPTUNA_SEED=42
 
-BATCH_SIZE=64                                           # requests that the model answers at a time
+BATCH_SIZE=auto                                         # requests that the model answers at a time
 CACHE_DIR="${HF_HUB_CACHE:-$HOME/.cache/huggingface/hub}" # models of the Hub
 OUTPUT_DIR=output
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -168,10 +169,13 @@ class JglueRun:
             f"{len(self.merge.weight_names)} weights, {self.questions.search.n_questions} questions per trial, "
             f"{heldout} held out; {self.study.n_finished} of {self.config.n_trials} trials done"
         )
+        # Nothing that was made so far can be collected, and to look through it all takes as long as a small trial.
+        gc.freeze()
         try:
             self._search(harness, progress)
             candidates = self._prove(harness, progress)
         finally:
+            gc.unfreeze()
             progress.close()
         self._save(candidates)
 
@@ -193,7 +197,7 @@ class JglueRun:
 
         while self.study.n_finished < self.config.n_trials:
             result = self.study.run_trial(evaluate)
-            if self.study.recall("batch_tokens") != harness.budget.tokens:
+            if self.config.batch_size == "auto" and self.study.recall("batch_tokens") != harness.budget.tokens:
                 self.study.remember("batch_tokens", harness.budget.tokens)
             best = self.study.best()
             progress.finish_trial(score=None if result is None else result.score, best=(best.score, best.number))

@@ -30,7 +30,7 @@ Done = Callable[[Sequence[int]], None]
 Answers = Callable[[Done], list[Any]]
 
 #: Tokens of a batch, if nobody says how many requests: on a GPU halved until they fit, on a CPU more gain nothing.
-START_TOKENS = {"cuda": 65536, "cpu": 4096}
+START_TOKENS = {"cuda": 65536, "cpu": 8192}
 #: Settings of a generation that say no more than that it is greedy.
 GREEDY = {"do_sample": (False,), "temperature": (0.0,)}
 
@@ -139,7 +139,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         packed = PackedLikelihoods(
             pairs,
             max_length=self.max_length,
-            max_row=min(budget.tokens, longest_row(self.model)),
+            # What is laid out in one row must not depend on how much memory there happens to be.
+            max_row=longest_row(self.model) if self._is_auto else min(budget.tokens, longest_row(self.model)),
             share=self._shares,
         )
         return lambda done: packed.score(self.model, budget=budget, done=done)

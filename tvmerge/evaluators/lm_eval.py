@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+import numpy as np
+import numpy.typing as npt
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
@@ -21,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tvmerge.errors import RunError, TaskError
 from tvmerge.evaluators import Progress, QuestionScore
+from tvmerge.evaluators.choices import PlainChoices, is_plain_choice
 from tvmerge.evaluators.harness import Answers, HarnessModel
 from tvmerge.evaluators.measure import Measure, choose_measure
 from tvmerge.evaluators.tasks import FEWSHOT_SEED, LoadedTask, one_line
@@ -28,6 +31,9 @@ from tvmerge.evaluators.tasks import FEWSHOT_SEED, LoadedTask, one_line
 __all__ = ["ChatFormat", "LmEvalEvaluator"]
 
 
+_Int64s = npt.NDArray[np.int64]
+#: Requests, and a model's answers to them.
+_Answered = tuple[Sequence[Instance], Sequence[Any]]
 #: What lm-eval asks of a model.
 REQUEST_TYPES = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
@@ -74,6 +80,16 @@ class _Question:
     requests: Sequence[Instance]
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """Requests of one type, ready for a model."""
+
+    instances: list[Instance]
+    answers: Answers
+    owners: _Int64s  # which question each request is of
+    spans: Mapping[str, slice]  # task → its requests
+
+
 class LmEvalEvaluator:
     """Scores a model on some questions of some tasks. Requests are built here, once.
 
@@ -109,7 +125,15 @@ class LmEvalEvaluator:
                 self._questions[name] = list(_put(loaded, set(questions[name]), chat or ChatFormat()))
             except Exception as error:
                 raise TaskError(f"task {name}: a question cannot be put: {one_line(error)}") from error
-        self._prepared: tuple[HarnessModel, list[tuple[list[Instance], Answers]]] | None = None
+        self._choices = {
+            name: PlainChoices(task, self._measures[name], [question.doc for question in self._questions[name]])
+            for name, task in self._tasks.items()
+            if is_plain_choice(task, self._measures[name])
+        }
+        self._n_requests = np.array(
+            [sum(r.repeats for r in q.requests) for questions in self._questions.values() for q in questions], np.int64
+        )
+        self._prepared: tuple[HarnessModel, list[_Prepared]] | None = None
 
     @property
     def n_questions(self) -> int:
@@ -134,11 +158,27 @@ class LmEvalEvaluator:
         Raises:
             TaskError: a request that the model cannot take.
         """
-        prepared = []
-        for kind in REQUEST_TYPES:
-            if requests := self.requests(kind):
-                prepared.append((requests, model.prepare(kind, requests)))
-        self._prepared = model, prepared
+        self._prepared = (
+            model,
+            [
+                self._lay_out(requests, model.prepare(kind, requests))
+                for kind in REQUEST_TYPES
+                if (requests := self.requests(kind))
+            ],
+        )
+
+    def _lay_out(self, requests: list[Instance], answers: Answers) -> _Prepared:
+        owner = {
+            id(request): index
+            for index, question in enumerate(q for questions in self._questions.values() for q in questions)
+            for request in question.requests
+        }
+        spans: dict[str, slice] = {}  # requests are in the order of tasks
+        for index, request in enumerate(requests):
+            start = spans[request.task_name].start if request.task_name in spans else index
+            spans[request.task_name] = slice(start, index + 1)
+        owners = np.array([owner[id(request)] for request in requests], np.int64)
+        return _Prepared(requests, answers, owners, spans)
 
     def requests(self, request_type: str) -> list[Instance]:
         """All requests of a type; one that is to be answered several times stands in it several times."""
@@ -160,39 +200,44 @@ class LmEvalEvaluator:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            unanswered = self._answer(model, progress)
-        return [score for name in self._tasks for score in self._collect(name, unanswered)]
+            answers = self._answer(model, progress)
+        scores = []
+        for name, questions in self._questions.items():
+            values = self._values(name, answers[name])
+            scores += [QuestionScore(name, question.index, v) for question, v in zip(questions, values, strict=True)]
+        return scores
 
-    def _answer(self, model: HarnessModel, progress: Progress) -> set[int]:
-        """Give every request the model's answer; returns the ids of those it has none for."""
+    def _answer(self, model: HarnessModel, progress: Progress) -> dict[str, list[_Answered]]:
+        """The model's answers to the requests of each task."""
         if self._prepared is None or self._prepared[0] is not model:
             self.prepare(model)
         assert self._prepared is not None
-        # Questions, not requests, are counted: one is done when the last of its requests is.
-        waiting = {id(r): q for questions in self._questions.values() for q in questions for r in q.requests}
-        left = {id(q): sum(r.repeats for r in q.requests) for q in waiting.values()}
-        unanswered = set()
-        for instances, answers in self._prepared[1]:
+        left = self._n_requests.copy()  # of each question, unanswered
+        answered: dict[str, list[_Answered]] = {name: [] for name in self._tasks}
+        for prepared in self._prepared[1]:
 
-            def done(indices: Sequence[int], instances: Sequence[Instance] = instances) -> None:
-                finished = 0
-                for index in indices:
-                    question = id(waiting[id(instances[index])])
-                    left[question] -= 1
-                    finished += not left[question]
-                progress(finished)
+            def done(indices: Sequence[int], owners: _Int64s = prepared.owners) -> None:
+                before = np.count_nonzero(left)
+                np.subtract.at(left, owners[np.asarray(indices, np.int64)], 1)
+                progress(int(before - np.count_nonzero(left)))
 
-            for instance in instances:
-                # Left in place, an earlier trial's answers would be scored again.
-                instance.resps, instance.filtered_resps = [], {}
-            for instance, answer in zip(instances, answers(done), strict=True):
-                if _is_none(answer):
-                    unanswered.add(id(instance))
-                instance.resps.append("" if answer is None else answer)
-        return unanswered
+            found = prepared.answers(done)
+            for name, span in prepared.spans.items():
+                answered[name].append((prepared.instances[span], found[span]))
+        return answered
 
-    def _collect(self, name: str, unanswered: set[int]) -> list[QuestionScore]:
+    def _values(self, name: str, answered: Sequence[_Answered]) -> Sequence[float | None]:
+        """The score of each question of a task."""
+        if name in self._choices:
+            return self._choices[name].scores(np.array([answer[0] for _, answers in answered for answer in answers]))
         task, questions, measure = self._tasks[name], self._questions[name], self._measures[name]
+        pairs = [pair for instances, answers in answered for pair in zip(instances, answers, strict=True)]
+        for instance, _ in pairs:
+            # Left in place, an earlier trial's answers would be scored again.
+            instance.resps, instance.filtered_resps = [], {}
+        for instance, answer in pairs:
+            instance.resps.append("" if answer is None else answer)
+        unanswered = {id(instance) for instance, answer in pairs if _is_none(answer)}
         instances = [instance for question in questions for instance in question.requests]
         next(each for each in task._filters if each.name == measure.filter).apply(instances)
         items: list[Any] = []
@@ -202,10 +247,7 @@ class LmEvalEvaluator:
                 continue
             answers = [instance.filtered_resps[measure.filter] for instance in question.requests]
             items.append(_results(task, question, answers).get(measure.metric))
-        return [
-            QuestionScore(task=name, question=question.index, score=value)
-            for question, value in zip(questions, measure.values(items), strict=True)
-        ]
+        return measure.values(items)
 
 
 def _put(loaded: LoadedTask, asked: set[int], chat: ChatFormat) -> Iterator[_Question]:

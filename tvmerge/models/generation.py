@@ -6,6 +6,7 @@ row that is done leaves its batch.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -168,7 +169,7 @@ class _Rows:
         self._model = model
         self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         # Of the class: what wraps a model's forward need not keep its signature.
-        accepted = inspect.signature(type(model).forward).parameters
+        accepted = _parameters(type(model))
         self._takes_positions = "position_ids" in accepted
         # The head is wide: without this, the logits of a whole prompt would be most of the memory.
         self._extra = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
@@ -241,6 +242,11 @@ class _Rows:
         ids = torch.where(places >= starts[:, None], ids, n_tokens)
         seen = torch.zeros(len(ids), n_tokens + 1, dtype=torch.bool, device=ids.device)
         return seen.scatter_(1, ids, True)[:, :-1]
+
+
+@functools.cache
+def _parameters(kind: type[PreTrainedModel]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def _penalise(scores: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
