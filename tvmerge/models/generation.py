@@ -169,7 +169,7 @@ class _Rows:
         self._model = model
         self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
         # Of the class: what wraps a model's forward need not keep its signature.
-        accepted = _parameters(type(model))
+        accepted = _parameters(type(model).forward)
         self._takes_positions = "position_ids" in accepted
         # The head is wide: without this, the logits of a whole prompt would be most of the memory.
         self._extra = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
@@ -245,8 +245,8 @@ class _Rows:
 
 
 @functools.cache
-def _parameters(kind: type[PreTrainedModel]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def _penalise(scores: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -220,7 +221,7 @@ def _forward(model: PreTrainedModel, batch: _Batch, *, narrow: bool) -> Tensor:
     arguments: dict[str, Tensor | bool] = {}
     if batch.ends is not None and batch.positions is not None:
         arguments = {"attention_mask": _mask(batch.ends, model.dtype), "position_ids": batch.positions}
-    if "use_cache" in _parameters(type(model)):
+    if "use_cache" in _parameters(type(model).forward):
         arguments["use_cache"] = False
     if narrow:
         with _head_at(model, batch.kept):
@@ -232,8 +233,8 @@ def _forward(model: PreTrainedModel, batch: _Batch, *, narrow: bool) -> Tensor:
 
 
 @functools.cache
-def _parameters(kind: type[PreTrainedModel]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 @contextmanager
