@@ -46,7 +46,9 @@ class HeldOut:
         self.merge = self.sources.merge(MergeSettings(), keep=True)
         tasks = load_tasks(TASKS, task_dir=DEMO / "tasks")
         questions = {
-            name: split_questions(name=name, n_questions=len(task.questions), holdout=0.3, limit=None, seed=0).heldout
+            name: split_questions(
+                name=name, n_questions=len(task.questions), holdout=0.3, limit=None, seed=0, labels=task.labels
+            ).heldout
             for name, task in tasks.items()
         }
         self._model = TransformersModel.from_folder(models / "target", checkpoint=self.sources.target, device="cpu")

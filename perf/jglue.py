@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import io
 import json
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from tvmerge.evaluators.tasks import LoadedTask, load_tasks
 from tvmerge.hub import resolve
 from tvmerge.models.transformers import TransformersModel
 
-__all__ = ["ROUNDS", "Timer", "made_up_task", "overhead", "sharing", "wide_model"]
+__all__ = ["ROUNDS", "Timer", "made_up_task", "overhead", "plain_passes", "sharing", "wide_model"]
 
 DEMO = Path(__file__).parents[1] / "demo"
 TOYS = ("toy_jcommonsenseqa", "toy_jnli", "toy_marc_ja", "toy_jsquad")
@@ -39,35 +41,34 @@ CHARACTERS = "あいうえおかきくけこさしすせそたちつてとなに
 
 
 class Timer:
-    """Seconds that a model spends in its forward passes."""
+    """Seconds that a model spends in its forward passes.
+
+    Args:
+        model: is looked at for good.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.seconds = 0.0
-        self._model = model
+        self._start = 0.0
+        model.register_forward_pre_hook(self._begin)
+        model.register_forward_hook(self._end)
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Time every forward pass inside of the block."""
+    def _begin(self, *_: object) -> None:
+        self._start = time.perf_counter()
+
+    def _end(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+    def of(self, work: Callable[[], object]) -> tuple[float, float]:
+        """How long some work takes, and its forward passes."""
         self.seconds = 0.0
-        forward = type(self._model).forward
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return forward(self._model, *args, **kwargs)
-            finally:
-                self.seconds += time.perf_counter() - start
-
-        self._model.forward = timed
-        try:
-            yield
-        finally:
-            del self._model.forward
+        return seconds(work), self.seconds
 
 
-def live(folder: Path) -> TransformersModel:
+def live(folder: Path, dtype: str = "auto") -> TransformersModel:
     """A model folder as a live model."""
-    return TransformersModel.from_folder(folder, checkpoint=Checkpoint(resolve(str(folder))), device="cpu")
+    checkpoint = Checkpoint(resolve(str(folder)))
+    return TransformersModel.from_folder(folder, checkpoint=checkpoint, device="cpu", dtype=dtype)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -83,7 +84,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def overhead(*, n_questions: int, rounds: int, batch_size: int = 64) -> dict[str, float]:
+def overhead(*, n_questions: int, rounds: int, batch_size: int = 256) -> dict[str, float]:
     """Seconds of the parts of a run on the embedded models: once per process, and in each trial.
 
     Args:
@@ -107,22 +108,22 @@ def overhead(*, n_questions: int, rounds: int, batch_size: int = 64) -> dict[str
     theirs = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size)
     manager = TaskManager(include_path=str(DEMO / "tasks"), include_defaults=False)
     timer = Timer(model.model)
-    times: dict[str, list[float]] = {"trial": [], "forward": [], "lm-eval": [], "lm-eval forward": []}
+    gc.freeze()  # as a run does it
+    ours, other = [], []
     for _ in range(rounds):
-        with timer.running():
-            times["trial"].append(seconds(lambda: evaluator.score(harness, lambda _: None)))
-        times["forward"].append(timer.seconds)
-        with timer.running():
-            times["lm-eval"].append(seconds(lambda: _simple_evaluate(theirs, manager, n_questions)))
-        times["lm-eval forward"].append(timer.seconds)
-    shares = [1 - forward / trial for trial, forward in zip(times["trial"], times["forward"], strict=True)]
-    return {**found, **{name: statistics.median(taken) for name, taken in times.items()}, "outside": min(shares)}
+        ours.append(timer.of(lambda: evaluator.score(harness, lambda _: None)))
+        other.append(timer.of(lambda: _simple_evaluate(theirs, manager, n_questions)))
+    gc.unfreeze()
+    for name, times in (("trial", ours), ("lm-eval", other)):
+        found[name], found[f"{name} forward"] = (statistics.median(column) for column in zip(*times, strict=True))
+    return {**found, "outside": statistics.median(1 - forward / whole for whole, forward in ours)}
 
 
 def _simple_evaluate(model: HFLM, manager: TaskManager, n_questions: int) -> object:
-    return lm_eval.simple_evaluate(
-        model=model, tasks=list(TOYS), task_manager=manager, limit=n_questions, bootstrap_iters=0
-    )
+    with redirect_stderr(io.StringIO()):  # progress bars
+        return lm_eval.simple_evaluate(
+            model=model, tasks=list(TOYS), task_manager=manager, limit=n_questions, bootstrap_iters=0
+        )
 
 
 def made_up_task(folder: Path, *, n_questions: int, shots: int = 3) -> Path:
@@ -197,22 +198,37 @@ def sharing(
     harness = HarnessModel(model, batch_size=batch_size)
     evaluator.prepare(harness)
     requests = evaluator.requests("loglikelihood")
-    theirs = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size)
-    alone = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=1)
+    theirs, alone = (
+        HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=size) for size in (batch_size, 1)
+    )
     answer = harness.prepare("loglikelihood", requests)
-    times: dict[str, list[float]] = {"tvmerge": [], "lm-eval": []}
+    pairs = [harness._encode_pair(*request.args) for request in requests]
+    once = sum(len(context) for context in {tuple(context) for context, _ in pairs})
+    n_least = once + sum(len(continuation) - 1 for _, continuation in pairs)
+    times: dict[str, list[float]] = {"tvmerge": [], "lm-eval": [], "limit": []}
     for _ in range(rounds):
         times["tvmerge"].append(seconds(lambda: answer(lambda _: None)))
         times["lm-eval"].append(seconds(lambda: theirs.loglikelihood(requests, disable_tqdm=True)))
+        times["limit"].append(seconds(lambda: plain_passes(model.model, n_least)))
     ours = answer(lambda _: None)
     other = theirs.loglikelihood(requests, disable_tqdm=True)
     single = alone.loglikelihood(requests, disable_tqdm=True)
     return {
         **{name: statistics.median(taken) for name, taken in times.items()},
         "furthest": max(abs(a[0] - b[0]) for a, b in zip(ours, other, strict=True)),
-        "other answers": _differ(requests, ours, other),
+        "differ": _differ(requests, ours, other),
         "own": _differ(requests, other, single),
     }
+
+
+def plain_passes(model: PreTrainedModel, n_tokens: int, *, length: int = 256, batch: int = 16) -> None:
+    """Forward so many tokens without any padding, mask or head."""
+    ids = torch.randint(100, (batch, length))
+    with torch.no_grad():
+        for _ in range(n_tokens // ids.numel()):
+            model.get_decoder()(ids, use_cache=False)
+        if rest := n_tokens % ids.numel() // length:
+            model.get_decoder()(ids[:rest], use_cache=False)
 
 
 def _differ(requests: Sequence[Any], ours: Sequence[Any], other: Sequence[Any]) -> int:
@@ -235,32 +251,36 @@ def main() -> None:
     rows = [[name, f"{found[name]:.2f}"] for name in once]
     rows += [
         ["**once per process**", f"{sum(found[name] for name in once):.2f}"],
-        ["forward passes", f"{found['forward']:.2f}"],
-        [f"all else ({found['outside']:.1%} at best)", f"{found['trial'] - found['forward']:.2f}"],
-        ["**each trial**", f"{found['trial']:.2f}"],
-        ["lm_eval.simple_evaluate, of which forward passes", f"{found['lm-eval forward']:.2f}"],
-        [f"**lm_eval.simple_evaluate**, {found['lm-eval'] / found['trial']:.1f} times", f"{found['lm-eval']:.2f}"],
+        ["forward passes", f"{found['trial forward']:.3f}"],
+        [f"all else, {found['outside']:.1%} of the trial", f"{found['trial'] - found['trial forward']:.3f}"],
+        ["**each trial**", f"{found['trial']:.3f}"],
+        ["lm_eval.simple_evaluate: forward passes", f"{found['lm-eval forward']:.3f}"],
+        ["lm_eval.simple_evaluate: all else", f"{found['lm-eval'] - found['lm-eval forward']:.3f}"],
+        [f"**lm_eval.simple_evaluate**, {found['lm-eval'] / found['trial']:.1f} times", f"{found['lm-eval']:.3f}"],
     ]
     print(table([f"4 toy tasks of {options.n_questions} questions, medians", "s"], rows))
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tasks = load_tasks(["made_up"], task_dir=made_up_task(folder, n_questions=options.n_questions))
-        wide = live(wide_model(folder / "wide", hidden=512, layers=8, vocabulary=32000))
-        for label, model, n in (("random Llama, 46 M parameters, float32", wide, options.n_questions // 10),):
-            result = sharing(model, tasks, n_questions=n, rounds=max(1, options.rounds // 2))
-            rows.append([label, *_cells(result)])
-    heads = ["3 examples, 5 choices", "tvmerge, s", "lm-eval, s", "times", "furthest", "other answers", "lm-eval's own"]
-    print(table(heads, rows))
+        for hidden, layers, dtype, share in ((512, 8, "float32", 10), (512, 8, "bfloat16", 10), (128, 4, "float32", 4)):
+            path = wide_model(folder / f"{hidden}", hidden=hidden, layers=layers, vocabulary=32000)
+            n = options.n_questions // share
+            result = sharing(live(path, dtype), tasks, n_questions=n, rounds=max(1, options.rounds // 2))
+            rows.append([f"{hidden} x {layers} layers, {dtype}, {n} questions", *_cells(result)])
+    heads = ["3 examples, 5 choices", "limit, s", "tvmerge, s", "of the limit", "lm-eval, s", "over tvmerge"]
+    print(table([*heads, "furthest", "other answers", "lm-eval's own"], rows))
 
 
 def _cells(result: Mapping[str, float]) -> list[str]:
     return [
+        f"{result['limit']:.2f}",
         f"{result['tvmerge']:.2f}",
+        f"{result['tvmerge'] / result['limit']:.2f}",
         f"{result['lm-eval']:.2f}",
         f"{result['lm-eval'] / result['tvmerge']:.1f}",
         f"{result['furthest']:.1g}",
-        f"{result['other answers']}",
+        f"{result['differ']}",
         f"{result['own']}",
     ]
 

@@ -13,19 +13,23 @@ import pytest
 import yaml
 from conftest import ROOT
 
-SCRIPT = ROOT / "perf" / "merge.py"
+SCRIPTS = [ROOT / "perf" / name for name in ("merge.py", "jglue.py")]
 
 
-@pytest.fixture(scope="module")
-def perf() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("perf_merge", SCRIPT)
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"perf_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(SCRIPT.parent))
+    return module
+
+
+@pytest.fixture(scope="module")
+def perf() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(SCRIPTS[0].parent))
+    yield load(SCRIPTS[0])
+    sys.path.remove(str(SCRIPTS[0].parent))
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,23 @@ def test_memory_is_measured(perf: ModuleType, models: Path, what: str) -> None:
     assert 0 <= perf.in_new_process(what, models) < 1e9
 
 
-def test_help_says_what_can_be_measured() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], capture_output=True, text=True, check=True)
-    assert "--mergekit" in done.stdout
+def test_the_overhead_of_a_trial_is_measured() -> None:
+    found = load(SCRIPTS[1]).overhead(n_questions=5, rounds=1)
+    assert all(value > 0 for value in found.values())
+    assert found["trial"] > found["trial forward"]
+
+
+def test_what_shared_prompts_save_is_measured_and_no_answer_differs(tmp_path: Path) -> None:
+    jglue = load(SCRIPTS[1])
+    tasks = jglue.load_tasks(["made_up"], task_dir=jglue.made_up_task(tmp_path, n_questions=6))
+    model = jglue.live(jglue.wide_model(tmp_path / "wide", hidden=64, layers=2, vocabulary=400))
+    found = jglue.sharing(model, tasks, n_questions=6, rounds=1)
+    assert all(found[name] > 0 for name in ("tvmerge", "lm-eval", "limit"))
+    assert found["furthest"] < 1e-3
+    assert found["differ"] == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_says_what_can_be_measured(script: Path) -> None:
+    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True)
+    assert "--rounds" in done.stdout or "--mergekit" in done.stdout

@@ -1,0 +1,112 @@
+"""The harness: batches that are too large are halved once, models that share nothing are scored all the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TASKS, Trio, save_tokenizer
+from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from tvmerge.checkpoint import Checkpoint
+from tvmerge.evaluators import QuestionScore
+from tvmerge.evaluators.harness import HarnessModel
+from tvmerge.evaluators.lm_eval import LmEvalEvaluator
+from tvmerge.evaluators.tasks import load_tasks
+from tvmerge.hub import resolve
+from tvmerge.models.transformers import TransformersModel
+
+NAMES = ("tiny_choice", "tiny_extract", "tiny_perplexity")
+
+
+def live(folder: Path) -> TransformersModel:
+    return TransformersModel.from_folder(folder, checkpoint=Checkpoint(resolve(str(folder))), device="cpu")
+
+
+def evaluator() -> LmEvalEvaluator:
+    return LmEvalEvaluator(tasks=load_tasks(NAMES, task_dir=TASKS), questions=dict.fromkeys(NAMES, range(30)))
+
+
+def values(scores: list[QuestionScore]) -> list[float]:
+    return [score.score for score in scores if score.score is not None]
+
+
+@contextmanager
+def memory_of(model: torch.nn.Module, n_tokens: int) -> Iterator[list[int]]:
+    """Run out of memory in every forward pass of more tokens; gives the sizes of those that were tried."""
+    tried: list[int] = []
+
+    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs["input_ids"]
+        tried.append(ids.numel())
+        if ids.numel() > n_tokens:
+            raise torch.OutOfMemoryError
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield tried
+    finally:
+        handle.remove()
+
+
+def test_a_batch_size_is_found_once(trio: Trio) -> None:
+    model, questions = live(trio.target), evaluator()
+    harness = HarnessModel(model, batch_size="auto")
+    expected = values(questions.score(harness, lambda _: None))
+    with memory_of(model.model, 100) as tried:
+        assert values(questions.score(harness, lambda _: None)) == pytest.approx(expected, rel=0.05)
+        assert max(tried) > 100
+        tried.clear()
+        questions.score(harness, lambda _: None)
+        assert max(tried) <= 100, "what did not fit was tried again"
+        again = HarnessModel(model, batch_size="auto", tokens=harness.budget.tokens)
+        tried.clear()
+        evaluator().score(again, lambda _: None)
+        assert max(tried) <= 100, "what another process had found was not used"
+
+
+def test_a_batch_of_a_given_size_is_no_larger_than_its_requests_at_full_length(trio: Trio) -> None:
+    model = live(trio.target)
+    for size in (1, 4):
+        harness, questions = HarnessModel(model, batch_size=size), evaluator()
+        questions.score(harness, lambda _: None)
+        with memory_of(model.model, 10_000) as tried:
+            questions.score(harness, lambda _: None)
+        # The longest request: six characters, four new tokens.
+        assert max(tried) <= size * 10
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["mamba", "t5"])
+def test_models_that_share_nothing_are_scored_all_the_same(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vocabulary = {"vocab_size": 24, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    model = (
+        MambaForCausalLM(MambaConfig(hidden_size=16, num_hidden_layers=2, state_size=4, **vocabulary))
+        if kind == "mamba"
+        else T5ForConditionalGeneration(
+            T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=2, **vocabulary)
+        )
+    )
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    names = ("tiny_choice", "tiny_extract")
+    questions = LmEvalEvaluator(tasks=load_tasks(names, task_dir=TASKS), questions=dict.fromkeys(names, range(9)))
+    harness = HarnessModel(live(tmp_path), batch_size=4)
+    progress: list[int] = []
+    scores = questions.score(harness, progress.append)
+    assert sum(progress) == len(scores) == 18
+    assert all(score.score in (0.0, 1.0) for score in scores)
+    assert scores == questions.score(harness, lambda _: None)
+
+
+def test_weights_that_are_no_numbers_leave_every_question_unscored(trio: Trio) -> None:
+    model, questions = live(trio.target), evaluator()
+    harness = HarnessModel(model, batch_size=4)
+    with torch.no_grad():
+        model.model.lm_head.weight.fill_(float("nan"))
+    assert {score.score for score in questions.score(harness, lambda _: None)} == {None}
