@@ -130,6 +130,7 @@ class LmEvalEvaluator:
             for name, task in self._tasks.items()
             if is_plain_choice(task, self._measures[name])
         }
+        self._items: dict[tuple[str, int, str], Any] = {}
         self._n_requests = np.array(
             [sum(r.repeats for r in q.requests) for questions in self._questions.values() for q in questions], np.int64
         )
@@ -246,8 +247,19 @@ class LmEvalEvaluator:
                 items.append(None)
                 continue
             answers = [instance.filtered_resps[measure.filter] for instance in question.requests]
-            items.append(_results(task, question, answers).get(measure.metric))
+            items.append(self._item(name, question, answers))
         return measure.values(items)
+
+    def _item(self, name: str, question: _Question, answers: list[Any]) -> Any:
+        """What the task's metric makes of the answers to a question."""
+        task, metric = self._tasks[name], self._measures[name].metric
+        # A task's own code may do what it likes; lm-eval's gives the same for the same text, in every trial.
+        if task.OUTPUT_TYPE != "generate_until" or _has_own_results(task):
+            return _results(task, question, answers).get(metric)
+        key = name, question.index, str(answers)
+        if key not in self._items:
+            self._items[key] = _results(task, question, answers).get(metric)
+        return self._items[key]
 
 
 def _put(loaded: LoadedTask, asked: set[int], chat: ChatFormat) -> Iterator[_Question]:
@@ -274,12 +286,17 @@ def _put(loaded: LoadedTask, asked: set[int], chat: ChatFormat) -> Iterator[_Que
 def _results(task: Any, question: _Question, answers: list[Any]) -> Mapping[str, Any]:
     """What the task makes of the answers to a question: metric → its item."""
     # A task's own code may write into the question; lm-eval's does not.
-    doc = copy.deepcopy(question.doc) if callable(task.get_config("process_results")) else question.doc
+    doc = copy.deepcopy(question.doc) if _has_own_results(task) else question.doc
     try:
         results: Mapping[str, Any] = task.process_results(doc, answers)
     except Exception as error:
         raise RunError(f"task {question.task}, question {question.index}: {one_line(error)}") from error
     return results
+
+
+def _has_own_results(task: Any) -> bool:
+    plain = isinstance(task, ConfigurableTask) and type(task).process_results is ConfigurableTask.process_results
+    return not plain or callable(task.config.process_results)
 
 
 def _is_none(answer: Any) -> bool:

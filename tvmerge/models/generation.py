@@ -83,6 +83,8 @@ class PreparedGeneration:
                 )
         self._requests = list(requests)
         self._tokenizer = tokenizer
+        # Weights that differ a little often give the same answers.
+        self._text = functools.lru_cache(maxsize=1 << 16)(functools.partial(answer_text, tokenizer))
         self._stops = {stop: StopStrings(tokenizer, stop) for stop in {request.stop for request in requests}}
 
     def run(
@@ -120,7 +122,7 @@ class PreparedGeneration:
     def texts(self, answers: Sequence[Sequence[int] | None]) -> list[str | None]:
         """The texts of answers as lm-eval gives them: no special tokens, cut at the first stop string."""
         return [
-            None if answer is None else answer_text(self._tokenizer, answer, request.stop)
+            None if answer is None else self._text(tuple(answer), request.stop)
             for request, answer in zip(self._requests, answers, strict=True)
         ]
 
