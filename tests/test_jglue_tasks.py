@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -249,3 +250,14 @@ def test_real_gold_answers_are_right(name: str, n: int) -> None:
         else:
             right = [(float(i == doc["label"]), False) for i in range(len(task.doc_to_choice(doc)))]
             assert task.process_results(doc, right) == {"acc": 1.0, "acc_norm": 1.0}
+
+
+@pytest.mark.full
+def test_the_tasks_are_in_the_wheel(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name.removeprefix("tvmerge/") for name in archive.namelist()}
+    ours = {str(path.relative_to(ROOT)) for path in FOLDER.iterdir() if path.is_file()}
+    assert ours <= packed

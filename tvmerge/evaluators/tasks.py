@@ -21,10 +21,8 @@ from lm_eval.tasks import TaskManager
 
 from tvmerge.errors import TaskError
 
-__all__ = ["BENCHMARKS", "FEWSHOT_SEED", "LoadedTask", "load_tasks", "one_line"]
+__all__ = ["FEWSHOT_SEED", "LoadedTask", "load_tasks", "one_line"]
 
-#: The tasks that come with the code.
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks" / "jglue"
 #: lm-eval draws few-shot examples from Random(None) unless told otherwise; this is the seed of its command line.
 FEWSHOT_SEED = 1234
 #: More labels than this are no labels, but answers.
@@ -162,13 +160,20 @@ def _seeded() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
+def _own_tasks() -> Path | None:
+    """The folder of the tasks that come with the code: beside it in a clone, else in it."""
+    package = Path(__file__).parents[1]
+    folders = [root / "benchmarks" / "jglue" for root in (package.parent, package)]
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
 @functools.cache
 def _task_manager(names: frozenset[str], task_dir: Path | None, jglue_data: Path | None) -> TaskManager:
     if task_dir is not None and not task_dir.is_dir():
         raise TaskError(f"--task_dir {task_dir}: no such folder")
     if jglue_data is not None and not jglue_data.is_dir():
         raise TaskError(f"--jglue_data {jglue_data}: no such folder")
-    folders = [str(folder) for folder in (BENCHMARKS, task_dir) if folder is not None and folder.is_dir()]
+    folders = [str(folder) for folder in (_own_tasks(), task_dir) if folder is not None]
     metadata = None if jglue_data is None else {"jglue_data": str(jglue_data)}
     manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
     ours = sorted(manager.all_tasks)
