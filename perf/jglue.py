@@ -126,13 +126,14 @@ def _simple_evaluate(model: HFLM, manager: TaskManager, n_questions: int) -> obj
         )
 
 
-def made_up_task(folder: Path, *, n_questions: int, shots: int = 3) -> Path:
+def made_up_task(folder: Path, *, n_questions: int, shots: int = 3, same: bool = False) -> Path:
     """A task of JCommonsenseQA's shape: five choices, examples, instructions; questions of random characters.
 
     Args:
         folder: for its files.
         n_questions: of the task; there are as many examples.
         shots: examples in a prompt.
+        same: whether all questions have the same examples.
     """
     generator = random.Random(0)
 
@@ -146,7 +147,8 @@ def made_up_task(folder: Path, *, n_questions: int, shots: int = 3) -> Path:
         ]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {
-        "task": "made_up",
+        "task": f"made_up_{same}",
+        "fewshot_config": {"sampler": "first_n" if same else "default"},
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {s: str(folder / f"{s}.jsonl") for s in ("train", "validation")}},
         "validation_split": "validation",
@@ -160,7 +162,7 @@ def made_up_task(folder: Path, *, n_questions: int, shots: int = 3) -> Path:
         "target_delimiter": "",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
-    (folder / "made_up.yaml").write_text(yaml.safe_dump(task, allow_unicode=True))
+    (folder / f"made_up_{same}.yaml").write_text(yaml.safe_dump(task, allow_unicode=True))
     return folder
 
 
@@ -203,8 +205,7 @@ def sharing(
     )
     answer = harness.prepare("loglikelihood", requests)
     pairs = [harness._encode_pair(*request.args) for request in requests]
-    once = sum(len(context) for context in {tuple(context) for context, _ in pairs})
-    n_least = once + sum(len(continuation) - 1 for _, continuation in pairs)
+    n_least = n_distinct([[*context, *continuation[:-1]] for context, continuation in pairs])
     times: dict[str, list[float]] = {"tvmerge": [], "lm-eval": [], "limit": []}
     for _ in range(rounds):
         times["tvmerge"].append(seconds(lambda: answer(lambda _: None)))
@@ -219,6 +220,16 @@ def sharing(
         "differ": _differ(requests, ours, other),
         "own": _differ(requests, other, single),
     }
+
+
+def n_distinct(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens there are if each beginning that sequences share is counted once."""
+    n, last = 0, []
+    for sequence in sorted(map(list, sequences)):
+        shared = next((i for i, (a, b) in enumerate(zip(last, sequence, strict=False)) if a != b), None)
+        n += len(sequence) - (min(len(last), len(sequence)) if shared is None else shared)
+        last = sequence
+    return n
 
 
 def plain_passes(model: PreTrainedModel, n_tokens: int, *, length: int = 256, batch: int = 16) -> None:
@@ -262,13 +273,20 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tasks = load_tasks(["made_up"], task_dir=made_up_task(folder, n_questions=options.n_questions))
-        for hidden, layers, dtype, share in ((512, 8, "float32", 10), (512, 8, "bfloat16", 10), (128, 4, "float32", 4)):
+        for hidden, layers, dtype, same in (
+            (512, 8, "float32", False),
+            (512, 8, "float32", True),
+            (512, 8, "bfloat16", False),
+            (128, 4, "float32", False),
+        ):
+            made_up_task(folder, n_questions=options.n_questions, same=same)
+            tasks = load_tasks([f"made_up_{same}"], task_dir=folder)
             path = wide_model(folder / f"{hidden}", hidden=hidden, layers=layers, vocabulary=32000)
-            n = options.n_questions // share
+            n = options.n_questions // 20
             result = sharing(live(path, dtype), tasks, n_questions=n, rounds=max(1, options.rounds // 2))
-            rows.append([f"{hidden} x {layers} layers, {dtype}, {n} questions", *_cells(result)])
-    heads = ["3 examples, 5 choices", "limit, s", "tvmerge, s", "of the limit", "lm-eval, s", "over tvmerge"]
+            what = "the same" if same else "other ones for each question"
+            rows.append([f"{what}; {hidden} x {layers} layers, {dtype}, {n} questions", *_cells(result)])
+    heads = ["3 examples", "limit, s", "tvmerge, s", "of the limit", "lm-eval, s", "over tvmerge"]
     print(table([*heads, "furthest", "other answers", "lm-eval's own"], rows))
 
 

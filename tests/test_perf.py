@@ -60,12 +60,13 @@ def test_the_overhead_of_a_trial_is_measured() -> None:
 
 def test_what_shared_prompts_save_is_measured_and_no_answer_differs(tmp_path: Path) -> None:
     jglue = load(SCRIPTS[1])
-    tasks = jglue.load_tasks(["made_up"], task_dir=jglue.made_up_task(tmp_path, n_questions=6))
+    tasks = jglue.load_tasks(["made_up_True"], task_dir=jglue.made_up_task(tmp_path, n_questions=6, same=True))
     model = jglue.live(jglue.wide_model(tmp_path / "wide", hidden=64, layers=2, vocabulary=400))
     found = jglue.sharing(model, tasks, n_questions=6, rounds=1)
     assert all(found[name] > 0 for name in ("tvmerge", "lm-eval", "limit"))
     assert found["furthest"] < 1e-3
     assert found["differ"] == 0
+    assert jglue.n_distinct([[1, 2, 3], [1, 2, 4, 5], [1, 2], [7], [7]]) == 3 + 2 + 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
