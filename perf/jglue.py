@@ -224,7 +224,8 @@ def sharing(
 
 def n_distinct(sequences: Sequence[Sequence[int]]) -> int:
     """How many tokens there are if each beginning that sequences share is counted once."""
-    n, last = 0, []
+    n = 0
+    last: list[int] = []
     for sequence in sorted(map(list, sequences)):
         shared = next((i for i, (a, b) in enumerate(zip(last, sequence, strict=False)) if a != b), None)
         n += len(sequence) - (min(len(last), len(sequence)) if shared is None else shared)

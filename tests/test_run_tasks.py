@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,23 @@ def test_a_task_that_tells_no_models_apart_is_said(
     assert main([*command, "--task_dir", str(folder)]) == 0
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if "cannot guide the search" in line]
     assert warning.startswith("task mine: all 7 models so far got the same score on each of its questions")
+
+
+def test_prompts_are_put_as_chats(trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "target"
+    shutil.copytree(trio.target, target)
+    settings = json.loads((target / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ m.role[:1] }}{{ m.content }}{% endfor %}a"
+    (target / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
+    chat = ["--target_model", str(target), "--apply_chat_template", "--system_instruction", "bad"]
+    found = []
+    for more in ([], chat[:2], chat):
+        output = tmp_path / str(len(found))
+        assert main(flags(trio, output, *more, tasks="tiny_perplexity")) == 0
+        found.append([line["score"] for line in lines(output)])
+    assert found[0] == found[1] != found[2]
+    assert main(flags(trio, output, *chat[:3], tasks="tiny_perplexity")) == 2
+    assert "system_instruction was 'bad' and is None" in capsys.readouterr().err
 
 
 def test_an_empty_split_is_said(trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

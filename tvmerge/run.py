@@ -203,7 +203,7 @@ class JglueRun:
             progress.finish_trial(score=None if result is None else result.score, best=(best.score, best.number))
             if result is None:
                 progress.note(f"  {self.study.last_failure()}")
-            if self.study.n_finished == self.study.n_uniform:
+            if self.study.n_finished == min(self.study.n_uniform, self.config.n_trials):
                 self._warn_of_idle_tasks(progress)
 
     def _warn_of_idle_tasks(self, progress: RunProgress) -> None:
