@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, TASKS, Trio
+from conftest import ROOT, TASKS, Trio, save_mistral
+from jglue_rows import write_all
 
 from tvmerge.cli import main
 from tvmerge.evaluators import QuestionScore, TaskGoal, mean_score, task_scores
@@ -202,7 +203,7 @@ def test_prompts_are_put_as_chats(trio: Trio, tmp_path: Path, capsys: pytest.Cap
     template = "{% for m in messages %}{{ m.role[:1] }}{{ m.content }}{% endfor %}a"
     (target / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
     chat = ["--target_model", str(target), "--apply_chat_template", "--system_instruction", "bad"]
-    found = []
+    found: list[list[float]] = []
     for more in ([], chat[:2], chat):
         output = tmp_path / str(len(found))
         assert main(flags(trio, output, *more, tasks="tiny_perplexity")) == 0
@@ -262,6 +263,38 @@ def test_an_answer_that_no_model_of_this_length_can_give_is_refused_and_can_be_m
     # The folder holds a study of which nothing was scored: it is in nobody's way.
     assert main(flags(trio, tmp_path / "out")) == 0
     assert len({line["trial"] for line in lines(tmp_path / "out")} - {None}) == 4
+
+
+def test_the_names_of_older_scripts_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = save_mistral(tmp_path / "base", seed=0, max_position_embeddings=2048)
+    models = [
+        save_mistral(tmp_path / str(seed), seed=seed, drift_from=base, max_position_embeddings=2048) for seed in (1, 2)
+    ]
+    data = write_all(tmp_path / "data", n_valid=8)
+    names = "jcommonsenseqa-1.1-0.3,marc_ja-1.1-0.2,jnli-1.3-0.2,jsquad-1.1-0.2,mgsm_ja"
+    command = [
+        *("jglue", "--target_model", str(models[0]), "--base_model", str(base), "--tuned_model", str(models[1])),
+        *("--jglue_tasks", names, "--jglue_data", str(data), "--num_fewshot", "2", "--jglue_limit", "3,3,3,3,1"),
+        *("--task_metric", "jsquad-1.1-0.2=f1", "jnli-1.3-0.2=acc_norm", "--task_weight", "mgsm_ja=0.5"),
+        *("--n_trials", "2", "--output_dir", str(tmp_path / "out")),
+    ]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    for label in ("jsquad-1.1-0.2 (f1)", "jnli-1.3-0.2 (acc_norm)", "mgsm_ja (weight 0.5)", "**score**"):
+        assert f"| {label} " in out
+    asked = [line["task"] for line in lines(tmp_path / "out") if line["trial"] == 0 and line["split"] == "search"]
+    assert [asked.count(name) for name in names.split(",")] == [3, 3, 3, 3, 1]
+
+
+def test_a_broken_line_of_a_data_file_is_named(trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_all(tmp_path / "data") / "jnli-v1.3" / "valid-v1.3.json"
+    rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*rows[:2], rows[2][:20] + "\n", *rows[3:]]))
+    command = flags(trio, tmp_path / "out", "--jglue_data", str(tmp_path / "data"), tasks="jnli-1.3-0.2")
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"task jnli-1.3-0.2: {path}, line 3: is not JSON" in line
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("batch_size", ["auto", "3"])
