@@ -130,7 +130,7 @@ class LmEvalEvaluator:
             for name, task in self._tasks.items()
             if is_plain_choice(task, self._measures[name])
         }
-        self._items: dict[tuple[str, int, str], Any] = {}
+        self._items: dict[tuple[str, int], tuple[list[Any], Any]] = {}  # of the last answers to each question
         self._n_requests = np.array(
             [sum(r.repeats for r in q.requests) for questions in self._questions.values() for q in questions], np.int64
         )
@@ -256,10 +256,10 @@ class LmEvalEvaluator:
         # A task's own code may do what it likes; lm-eval's gives the same for the same text, in every trial.
         if task.OUTPUT_TYPE != "generate_until" or _has_own_results(task):
             return _results(task, question, answers).get(metric)
-        key = name, question.index, str(answers)
-        if key not in self._items:
-            self._items[key] = _results(task, question, answers).get(metric)
-        return self._items[key]
+        key = name, question.index
+        if key not in self._items or self._items[key][0] != answers:
+            self._items[key] = answers, _results(task, question, answers).get(metric)
+        return self._items[key][1]
 
 
 def _put(loaded: LoadedTask, asked: set[int], chat: ChatFormat) -> Iterator[_Question]:

@@ -83,8 +83,8 @@ class PreparedGeneration:
                 )
         self._requests = list(requests)
         self._tokenizer = tokenizer
-        # Weights that differ a little often give the same answers.
-        self._text = functools.lru_cache(maxsize=1 << 16)(functools.partial(answer_text, tokenizer))
+        #: The last answer to each request and its text: weights that differ a little often give the same answers.
+        self._texts: list[tuple[Sequence[int], str]] = [((), "")] * len(self._requests)
         self._stops = {stop: StopStrings(tokenizer, stop) for stop in {request.stop for request in requests}}
 
     def run(
@@ -121,10 +121,12 @@ class PreparedGeneration:
 
     def texts(self, answers: Sequence[Sequence[int] | None]) -> list[str | None]:
         """The texts of answers as lm-eval gives them: no special tokens, cut at the first stop string."""
-        return [
-            None if answer is None else self._text(tuple(answer), request.stop)
-            for request, answer in zip(self._requests, answers, strict=True)
-        ]
+        texts: list[str | None] = []
+        for index, (request, answer) in enumerate(zip(self._requests, answers, strict=True)):
+            if answer is not None and self._texts[index][0] != answer:
+                self._texts[index] = answer, answer_text(self._tokenizer, answer, request.stop)
+            texts.append(None if answer is None else self._texts[index][1])
+        return texts
 
     def _answer(
         self, model: PreTrainedModel, requests: Sequence[GenerationRequest], ends: frozenset[int]
