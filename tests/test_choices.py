@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.api.task import ConfigurableTask
 
-from tvmerge.evaluators.choices import PlainChoices, is_plain_choice
+from tvmerge.evaluators.choices import NotPlainError, PlainChoices, is_plain_choice
 from tvmerge.evaluators.measure import Measure, choose_measure
 from tvmerge.evaluators.tasks import load_tasks
 
@@ -40,8 +40,10 @@ class Fake(ConfigurableTask):  # type: ignore[misc]  # lm_eval ships no types
 @st.composite
 def questions(draw: st.DrawFn, several: bool) -> dict[str, Any]:
     choices = draw(st.lists(TEXTS, min_size=1, max_size=5, unique=True))
-    one = st.integers(0, len(choices)) | st.sampled_from([*choices, "no choice"])
-    gold = draw(st.lists(st.integers(0, len(choices)), max_size=3) if several else one)
+    index = st.integers(0, len(choices))
+    right = st.integers(0, len(choices) - 1)  # lm-eval fails on a number of numpy that is none of them
+    one = index | right.map(np.int32) | right.map(np.int64) | st.sampled_from([*choices, "no choice"])
+    gold = draw(st.lists(index, max_size=3) if several else one)
     likelihoods = draw(st.lists(LIKELIHOODS, min_size=len(choices), max_size=len(choices)))
     return {"choices": choices, "gold": gold, "likelihoods": likelihoods}
 
@@ -63,6 +65,19 @@ def test_a_question_with_nan_is_unscored_and_no_other() -> None:
     docs = [{"choices": ["a", "b"], "gold": 1, "likelihoods": []}] * 3
     choices = PlainChoices(Fake("acc", several=False), Measure("t", "acc", "none", True, np.mean), docs)
     assert choices.scores(np.array([-1.0, np.nan, -2.0, -1.0, -1.0, -2.0])) == [None, 1.0, 0.0]
+
+
+def test_questions_without_a_right_choice_are_counted() -> None:
+    docs = [{"choices": ["a", "b"], "gold": gold} for gold in (1, 2, -1, "c", "b")]
+    choices = PlainChoices(Fake("acc", several=False), Measure("t", "acc", "none", True, np.mean), docs)
+    assert choices.n_without_answer == 3
+
+
+@pytest.mark.parametrize(("gold", "several"), [(None, False), ([0], False), (1.0, False), (0, True), (["a"], True)])
+def test_targets_of_another_kind_are_left_to_lm_eval(gold: Any, several: bool) -> None:
+    docs = [{"choices": ["a", "b"], "gold": gold}]
+    with pytest.raises(NotPlainError):
+        PlainChoices(Fake("acc", several=several), Measure("t", "acc", "none", True, np.mean), docs)
 
 
 @pytest.mark.parametrize(

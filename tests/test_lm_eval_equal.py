@@ -74,6 +74,11 @@ def sciq(g: random.Random) -> dict[str, Any]:
     return {"support": words(g, 5, 9), "question": words(g, 3, 6), "correct_answer": words(g, 1, 2), **choices}
 
 
+def toxigen(g: random.Random) -> dict[str, Any]:
+    scores = {"toxicity_ai": g.choice([1.0, 4.0]), "toxicity_human": g.choice([1.0, 4.0])}
+    return {"text": words(g, 4, 8), **scores}
+
+
 #: Built-in task → its file, a made-up row, its examples in a prompt, and the metric that is compared.
 TASKS: Mapping[str, tuple[str, Any, int, str]] = {
     "arc_easy": ("arc/arc_easy.yaml", arc, 2, "acc_norm"),
@@ -82,6 +87,7 @@ TASKS: Mapping[str, tuple[str, Any, int, str]] = {
     "lambada_openai": ("lambada/lambada_openai.yaml", lambada, 0, "perplexity"),
     "wikitext": ("wikitext/wikitext.yaml", wikitext, 0, "word_perplexity"),
     "truthfulqa_mc2": ("truthfulqa/truthfulqa_mc2.yaml", truthful, 0, "acc"),
+    "toxigen": ("toxigen/toxigen.yaml", toxigen, 0, "acc"),
     "sciq": ("sciq/sciq.yaml", sciq, 1, "acc"),
 }
 

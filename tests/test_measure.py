@@ -58,11 +58,14 @@ def test_a_metric_over_all_questions_at_once_is_refused() -> None:
     def fails(items: list[float]) -> float:
         return items[1]
 
-    with pytest.raises(TaskError, match="task t: its metric own is computed over all questions at once"):
-        measure(best).values([0.0, 1.0])
+    for aggregate in (best, fails, lambda items: 1 / 0, lambda items: "good"):
+        with pytest.raises(TaskError, match="task t: its metric own is computed over all questions at once"):
+            measure(aggregate).check([0.0, 1.0, None])
     with pytest.raises(TaskError, match="over all questions at once"):
         measure(fails).values([0.0, 1.0])
-    assert measure(lambda items: sum(items) / len(items) / 100).values([50, 100]) == [0.5, 1.0]
+    percent = measure(lambda items: sum(items) / len(items) / 100)
+    percent.check([50, None, 100])
+    assert percent.values([50, None, 100]) == [0.5, None, 1.0]
 
 
 class Task:
@@ -77,7 +80,7 @@ class Task:
         return {name: AGGREGATION_REGISTRY[known.get(name, "mean")] for name in self._names}
 
     def higher_is_better(self) -> dict[str, bool]:
-        return {name: name != "ppl" for name in self._names}
+        return {name: None if name == "own" else name != "ppl" for name in self._names}  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +106,7 @@ def test_the_metric_that_is_chosen(names: list[str], wanted: str | None, metric:
         (["acc", "mcc"], "mcc", "its metric mcc is computed over all questions at once.*--task_metric t=METRIC"),
         (["mcc"], None, "has no metric that gives each question a score, only mcc"),
         ([], None, "only no metric at all"),
+        (["own"], None, "does not say whether a higher own is better: add higher_is_better"),
     ],
 )
 def test_a_metric_that_cannot_be_is_refused(names: list[str], wanted: str | None, message: str) -> None:

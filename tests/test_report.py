@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import yaml
 
-from tvmerge.evaluators import QuestionScore
+from tvmerge.evaluators import QuestionScore, TaskGoal
 from tvmerge.recipe import Recipe
 from tvmerge.report import Candidate, model_card, score_table, verdict
 
@@ -27,6 +27,18 @@ def test_table_is_golden() -> None:
         "| jsquad   |         2 |  0.250 |    0.000 | 0.750 |\n"
         "| **mean** |         6 |  0.250 | unscored | 0.875 |"
     )
+
+
+def test_table_with_goals_is_golden() -> None:
+    goals = {"jnli": TaskGoal("acc_norm,none", weight=2), "jsquad": TaskGoal("perplexity,x", False, 1, True)}
+    assert score_table([TARGET, BEST], goals) == (
+        "| task                                   | questions | target |  best |\n"
+        "|----------------------------------------|----------:|-------:|------:|\n"
+        "| jnli (acc_norm, weight 2)              |         4 |  0.250 | 1.000 |\n"
+        "| jsquad (perplexity,x, lower is better) |         2 |  1.284 | 2.117 |\n"
+        "| **score**                              |         6 |  0.083 | 0.417 |"
+    )
+    assert "best is clearly better than target: +0.333" in verdict(BEST, [TARGET], heldout=True, goals=goals)
 
 
 def test_verdict_says_what_was_found_and_on_which_questions() -> None:

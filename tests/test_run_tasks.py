@@ -213,6 +213,119 @@ def test_prompts_are_put_as_chats(trio: Trio, tmp_path: Path, capsys: pytest.Cap
     assert "system_instruction was 'bad' and is None" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"doc_to_target": "{{answer if question[0] != 'c' else no.such}}"}, "", "task mine: a question cannot be put"),
+        ({"generation_kwargs": {"until": ["x"], "max_gen_toks": 0}}, "", ": answers of 0 tokens are asked for"),
+        (
+            {"filter_list": [{"name": "x", "filter": [{"function": "regex", "regex_pattern": "("}]}]},
+            "",
+            "task mine: its answers cannot be scored: error: missing )",
+        ),
+        (
+            {"num_fewshot": 60, "fewshot_split": "test"},
+            "",
+            "(60 examples are asked for, of 40)",
+        ),
+        (
+            {"process_results": "tiny_own.score", "metric_list": [{"metric": "m", "aggregation": "mean"}]},
+            "def score(doc, results):\n    return {'m': 1}\n",
+            "task mine: does not say whether a higher m is better",
+        ),
+        (
+            {"custom_dataset": "tiny_own.load"},
+            "raise SystemError('no')\n",
+            "task mine: cannot be loaded: SystemError: no",
+        ),
+    ],
+)
+def test_a_task_that_cannot_work_is_refused_in_one_line(
+    trio: Trio,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    code: str,
+    message: str,
+) -> None:
+    folder = custom_task(tmp_path, **changes)
+    (folder / "tiny_own.py").write_text(code)
+    assert main([*flags(trio, tmp_path / "out", tasks="mine"), "--task_dir", str(folder)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("tvmerge jglue: error: ")
+    assert message in line
+
+
+def test_a_label_that_cannot_be_read_is_refused_in_one_line(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = custom_task(tmp_path)
+    text = (folder / "tiny_choice.yaml").read_text()
+    text = text.replace("doc_to_target: label", "doc_to_target: '{{label if label != 2 else no.such}}'")
+    (folder / "tiny_choice.yaml").write_text(text)
+    command = [*flags(trio, tmp_path / "out", tasks="tiny_choice"), "--task_dir", str(folder)]
+    assert main(command) == 2
+    assert "task tiny_choice, question 2: UndefinedError" in capsys.readouterr().err
+
+
+def test_questions_without_a_right_choice_are_said(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = custom_task(tmp_path)
+    text = (folder / "tiny_choice.yaml").read_text().replace("doc_to_target: label", "doc_to_target: '{{label + 1}}'")
+    (folder / "tiny_choice.yaml").write_text(text)
+    command = flags(trio, tmp_path / "out", "--jglue_limit", "42", tasks="tiny_choice")
+    assert main([*command, "--task_dir", str(folder)]) == 0
+    assert "task tiny_choice: 14 of its questions have no right choice" in capsys.readouterr().err
+
+
+def test_files_and_groups_that_hold_no_task_are_said(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = custom_task(tmp_path)
+    (folder / "none.yaml").write_text("group: none\ntask: []\n")
+    command = [*flags(trio, tmp_path / "out", tasks="none"), "--task_dir", str(folder)]
+    assert main(command) == 2
+    assert "task none: is a group without a task" in capsys.readouterr().err
+    (folder / "broken.yaml").write_text("task: broken\n  metric: [\n")
+    command = [*flags(trio, tmp_path / "out", tasks="broken"), "--task_dir", str(folder)]
+    assert main(command) == 2
+    assert "broken.yaml: cannot be read as YAML" in capsys.readouterr().err
+
+
+def test_a_group_inside_of_a_group_has_its_own_weight(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = custom_task(tmp_path)
+    (folder / "inner.yaml").write_text("group: inner\ntask: [tiny_extract, mine]\n")
+    (folder / "outer.yaml").write_text("group: outer\ntask: [inner, tiny_choice]\n")
+    command = flags(trio, tmp_path / "out", "--task_weight", "inner=6", "mine=9", tasks="outer")
+    assert main([*command, "--task_dir", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert all(f"({weight})" in out for weight in ("weight 0.333333", "weight 2", "weight 9"))
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("mine.yaml", "higher_is_better: true", "higher_is_better: false"),
+        ("tiny_own.py", "1.0", "100.0"),
+    ],
+)
+def test_a_study_is_not_resumed_with_another_meaning_of_its_scores(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, old: str, new: str
+) -> None:
+    folder = custom_task(tmp_path, process_results="tiny_own.score")
+    (folder / "tiny_own.py").write_text("def score(doc, results):\n    return {'exact_match': 1.0 * len(results[0])}\n")
+    command = [*flags(trio, tmp_path / "out", tasks="mine"), "--task_dir", str(folder)]
+    assert main(command) == 0
+    path = folder / name
+    path.write_text(path.read_text().replace(old, new))
+    capsys.readouterr()
+    assert main([*command, "--n_trials", "6"]) == 2
+    assert "scoring was {'mine': 'exact_match,none, higher is better" in capsys.readouterr().err
+
+
 def test_an_empty_split_is_said(trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = custom_task(tmp_path, custom_dataset="tiny_own.load")
     (folder / "tiny_own.py").write_text(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tvmerge.evaluators import QuestionScore
+from tvmerge.evaluators import QuestionScore, TaskGoal
 from tvmerge.search import paired_gain, uniform_weights
 
 
@@ -56,3 +56,18 @@ def test_questions_that_one_model_has_no_score_for_are_not_compared() -> None:
     assert not gain.is_clear
     assert paired_gain(scored(a=[None]), scored(a=[1.0])) is None
     assert paired_gain(scored(a=[1.0], b=[None]), scored(a=[1.0], b=[1.0])) is None
+
+
+def test_weights_and_directions_make_the_gain() -> None:
+    goals = {"a": TaskGoal(weight=3), "b": TaskGoal(weight=1, higher_is_better=False), "c": TaskGoal(weight=0)}
+    model = scored(a=[1.0, 0.0], b=[1.0, 4.0], c=[None])
+    reference = scored(a=[0.0, 0.0], b=[2.0, 3.0], c=[1.0])
+    gain = paired_gain(model, reference, goals)
+    assert gain is not None
+    # Differences 1, 0 of a, and -1, 1 of b, whose share is -1/4; their means have variances 1/4 and 1.
+    assert gain.mean == pytest.approx(0.75 * 0.5 - 0.25 * 0.0)
+    assert gain.standard_error == pytest.approx(math.sqrt(0.75**2 * 0.25 + 0.25**2 * 1.0))
+    assert paired_gain(scored(a=[None, None], b=[1.0, 4.0]), reference, goals) is None
+    lower = paired_gain(scored(a=[0.0, 0.0], b=[1.0, 1.0], c=[1.0]), reference, goals)
+    assert lower is not None
+    assert lower.mean == pytest.approx(0.25 * 1.5), "less of what is minimised is a gain"

@@ -31,6 +31,15 @@ class Tasks:
     measures: Mapping[str, Measure]
     goals: Goals
 
+    @property
+    def scoring(self) -> dict[str, str]:
+        """Task → what its scores mean."""
+        return {
+            name: f"{goal.metric}, {'higher' if goal.higher_is_better else 'lower'} is better, weight {goal.weight:g}, "
+            f"code {self.loaded[name].scoring}"
+            for name, goal in self.goals.items()
+        }
+
 
 @dataclass(frozen=True)
 class Questions:
@@ -39,6 +48,7 @@ class Questions:
     search: LmEvalEvaluator
     heldout: LmEvalEvaluator | None  # None: none is held out
     goals: Goals
+    scoring: Mapping[str, str]  # task → what its scores mean
     notes: Sequence[str]  # what the user should know of them
 
 
@@ -108,10 +118,14 @@ def ask_questions(config: JglueConfig, tasks: Tasks, tokenizer: PreTrainedTokeni
             seed=config.question_seed,
         )
 
+    search = evaluator(searched)
+    for name, n in search.n_without_answer.items():
+        notes.append(f"task {name}: {n} of its questions have no right choice: every answer to them is wrong")
     return Questions(
-        search=evaluator(searched),
+        search=search,
         heldout=evaluator(heldout) if config.holdout else None,
         goals=tasks.goals,
+        scoring=tasks.scoring,
         notes=notes,
     )
 
@@ -132,7 +146,9 @@ def _notes(config: JglueConfig, task: LoadedTask, *, n_search: int, goal: TaskGo
 def _by_task(chosen: Mapping[str, _Value], tasks: Iterable[LoadedTask], *, flag: str) -> dict[str, _Value]:
     """The setting of each task: its own, or that of the group that named it."""
     tasks = list(tasks)
-    known = {name for task in tasks for name in (task.name, task.entry)}
+    known = {name for task in tasks for name in (task.name, task.entry, *task.groups)}
     if unknown := sorted(set(chosen) - known):
         raise ConfigError(f"{flag} {unknown[0]}: no such task is asked, they are {', '.join(sorted(known))}")
-    return {task.name: chosen[name] for task in tasks for name in (task.entry, task.name) if name in chosen}
+    return {
+        task.name: chosen[name] for task in tasks for name in (task.entry, *task.groups, task.name) if name in chosen
+    }

@@ -105,6 +105,7 @@ def open_study(
         ],
         "base_model": [None if entry.base is None else _weights(entry.base) for entry in sources.tuned],
         "questions": asked,
+        "scoring": dict(questions.scoring),
         **({"tokens": tokens} if config.vocabulary == "intersect" else {}),
         "device": device.partition(":")[0],
     }
@@ -159,6 +160,8 @@ class JglueRun:
         for evaluator in (self.questions.search, self.questions.heldout):
             if evaluator is not None:
                 evaluator.prepare(harness)
+                # Metrics are looked at with the first trial, or never: a search that is under way is not to be lost.
+                evaluator.is_checked = evaluator is not self.questions.search or self.study.n_finished > 0
         for task, n in harness.n_cut.items():
             progress.note(
                 f"task {task}: {n} requests are longer than the {harness.max_length} tokens that the model takes: they "

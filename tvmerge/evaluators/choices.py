@@ -6,6 +6,7 @@ lm-eval's own code scores one question in the time that a small model needs to a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from lm_eval.api.task import ConfigurableTask, Task
 
 from tvmerge.evaluators.measure import Measure
 
-__all__ = ["PlainChoices", "is_plain_choice"]
+__all__ = ["NotPlainError", "PlainChoices", "is_plain_choice"]
 
 #: Metric → what a choice's log-likelihood is divided by, as in lm-eval.
 NORMS: dict[str, Callable[[str], int]] = {
@@ -45,6 +46,9 @@ class PlainChoices:
         task: lm-eval's.
         measure: its metric.
         questions: of the task, in the order in which they are answered.
+
+    Raises:
+        NotPlainError: a right choice is given in another way than by its index or text.
     """
 
     def __init__(self, task: Task, measure: Measure, questions: Sequence[Any]) -> None:
@@ -59,6 +63,11 @@ class PlainChoices:
         for row, (question, each) in enumerate(zip(questions, choices, strict=True)):
             for gold in _golds(target(question), each, several=bool(task.multiple_target)):
                 self._right[row, gold] = True
+
+    @property
+    def n_without_answer(self) -> int:
+        """How many questions have no right choice, so that every model is wrong."""
+        return int((~self._right.any(axis=1)).sum())
 
     def scores(self, likelihoods: npt.NDArray[np.float64]) -> list[float | None]:
         """1 for each question whose likeliest choice is right, of equal ones the first, else 0.
@@ -75,11 +84,15 @@ class PlainChoices:
         return [None if no else float(yes) for no, yes in zip(unscored.tolist(), right.tolist(), strict=True)]
 
 
+class NotPlainError(Exception):
+    """A task's targets are of a kind that is left to lm-eval."""
+
+
 def _golds(gold: Any, choices: Sequence[str], *, several: bool) -> list[int]:
     """The indices of the right choices, as lm-eval reads a target."""
-    if isinstance(gold, list):
-        return [index for index in gold if 0 <= index < len(choices)] if several else []
-    if several:
-        return []
-    index = choices.index(gold) if isinstance(gold, str) and gold in choices else gold
-    return [index] if isinstance(index, int) and 0 <= index < len(choices) else []
+    if several is not isinstance(gold, list):
+        raise NotPlainError
+    golds = gold if several else [choices.index(gold) if gold in choices else -1] if isinstance(gold, str) else [gold]
+    if not all(isinstance(each, Integral) for each in golds):  # also those of numpy
+        raise NotPlainError
+    return [int(each) for each in golds if 0 <= each < len(choices)]

@@ -134,6 +134,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         return self.budget if self._is_auto else TokenBudget(self.batch_size * longest)
 
     def _likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Answers:
+        if not pairs:  # of texts without a token
+            return lambda done: []
         longest = max(min(len(context) + len(continuation) - 1, self.max_length) for context, continuation in pairs)
         budget = self._budget(longest)
         packed = PackedLikelihoods(
@@ -151,6 +153,7 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
 
         def answers(done: Done) -> list[Any]:
             left = [len(windows) for windows in texts]
+            done([text for text, n in enumerate(left) if not n])
 
             def windows_done(indices: Sequence[int]) -> None:
                 for index in indices:
@@ -175,6 +178,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         stop = handle_stop_sequences(known.pop("until", None), eos=eos)
         n_new = known.pop("max_gen_toks")
+        if n_new < 1:
+            raise ValueError(f"answers of {n_new} tokens are asked for")
         if n_new >= self.max_length:
             raise ValueError(f"answers of {n_new} tokens are asked for, of a model that takes {self.max_length} in all")
         if any(value not in GREEDY.get(name, ()) for name, value in known.items()):
@@ -190,8 +195,10 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         def answers(done: Done) -> list[Any]:
             found: list[Any] = []
             waiting = iter(instances)
-            # Long enough for lm-eval to sort by length inside of it, short enough for the bar to move.
-            while chunk := list(islice(waiting, 16 * self.batch_size)):
+            # Long enough for lm-eval to sort by length inside of it, short enough for the bar to move. Answers that are
+            # drawn are drawn in the order of lm-eval, which has all texts in one go.
+            size = len(instances) if request_type == "generate_until" else 16 * self.batch_size
+            while chunk := list(islice(waiting, size)):
                 found += getattr(self, request_type)(chunk, disable_tqdm=True)
                 done(range(len(found) - len(chunk), len(found)))
             return found

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tvmerge.errors import RunError, TaskError
 from tvmerge.evaluators import Progress, QuestionScore
-from tvmerge.evaluators.choices import PlainChoices, is_plain_choice
+from tvmerge.evaluators.choices import NotPlainError, PlainChoices, is_plain_choice
 from tvmerge.evaluators.harness import Answers, HarnessModel
 from tvmerge.evaluators.measure import Measure, choose_measure
 from tvmerge.evaluators.tasks import FEWSHOT_SEED, LoadedTask, one_line
@@ -98,7 +98,7 @@ class LmEvalEvaluator:
         questions: task name → sorted indices of its questions, never empty.
         measures: task name → the metric that scores it; the task's first one if it is not named.
         chat: how prompts are put.
-        seed: of the draws of tasks that sample their answers.
+        seed: added to lm-eval's own seed of the draws of tasks that sample their answers.
 
     Raises:
         TaskError: a question that the task's own templates cannot put, or a task without a metric.
@@ -124,17 +124,31 @@ class LmEvalEvaluator:
             try:
                 self._questions[name] = list(_put(loaded, set(questions[name]), chat or ChatFormat()))
             except Exception as error:
-                raise TaskError(f"task {name}: a question cannot be put: {one_line(error)}") from error
-        self._choices = {
-            name: PlainChoices(task, self._measures[name], [question.doc for question in self._questions[name]])
-            for name, task in self._tasks.items()
-            if is_plain_choice(task, self._measures[name])
-        }
+                raise TaskError(f"task {name}: a question cannot be put: {one_line(error)}{_hint(loaded)}") from error
+        self._choices: dict[str, PlainChoices] = {}
+        for name, task in self._tasks.items():
+            try:
+                for part in self._filter(name).filters:
+                    part()  # refuses what it cannot work with
+                if is_plain_choice(task, self._measures[name]):
+                    docs = [question.doc for question in self._questions[name]]
+                    self._choices[name] = PlainChoices(task, self._measures[name], docs)
+            except NotPlainError:
+                continue  # left to lm-eval's own scoring
+            except Exception as error:
+                raise TaskError(f"task {name}: its answers cannot be scored: {one_line(error)}") from error
+        #: Whether it is known that metrics of the tasks' own code are means over questions.
+        self.is_checked = False
         self._items: dict[tuple[str, int], tuple[list[Any], Any]] = {}  # of the last answers to each question
         self._n_requests = np.array(
             [sum(r.repeats for r in q.requests) for questions in self._questions.values() for q in questions], np.int64
         )
         self._prepared: tuple[HarnessModel, list[_Prepared]] | None = None
+
+    @property
+    def n_without_answer(self) -> dict[str, int]:
+        """Task → how many of its questions have no right choice, of those tasks that have such."""
+        return {name: n for name, choices in self._choices.items() if (n := choices.n_without_answer)}
 
     @property
     def n_questions(self) -> int:
@@ -200,12 +214,13 @@ class LmEvalEvaluator:
             TaskError: a task's metric gives no score to a question.
         """
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self._seed)
+            torch.manual_seed(FEWSHOT_SEED + self._seed)
             answers = self._answer(model, progress)
         scores = []
         for name, questions in self._questions.items():
             values = self._values(name, answers[name])
             scores += [QuestionScore(name, question.index, v) for question, v in zip(questions, values, strict=True)]
+        self.is_checked = True
         return scores
 
     def _answer(self, model: HarnessModel, progress: Progress) -> dict[str, list[_Answered]]:
@@ -231,7 +246,7 @@ class LmEvalEvaluator:
         """The score of each question of a task."""
         if name in self._choices:
             return self._choices[name].scores(np.array([answer[0] for _, answers in answered for answer in answers]))
-        task, questions, measure = self._tasks[name], self._questions[name], self._measures[name]
+        questions, measure = self._questions[name], self._measures[name]
         pairs = [pair for instances, answers in answered for pair in zip(instances, answers, strict=True)]
         for instance, _ in pairs:
             # Left in place, an earlier trial's answers would be scored again.
@@ -240,7 +255,7 @@ class LmEvalEvaluator:
             instance.resps.append("" if answer is None else answer)
         unanswered = {id(instance) for instance, answer in pairs if _is_none(answer)}
         instances = [instance for question in questions for instance in question.requests]
-        next(each for each in task._filters if each.name == measure.filter).apply(instances)
+        self._filter(name).apply(instances)
         items: list[Any] = []
         for question in questions:
             if any(id(instance) in unanswered for instance in question.requests):
@@ -248,7 +263,13 @@ class LmEvalEvaluator:
                 continue
             answers = [instance.filtered_resps[measure.filter] for instance in question.requests]
             items.append(self._item(name, question, answers))
+        if not self.is_checked:
+            measure.check(items)
         return measure.values(items)
+
+    def _filter(self, name: str) -> Any:
+        """What makes answers of a model's texts, for the metric of a task."""
+        return next(each for each in self._tasks[name]._filters if each.name == self._measures[name].filter)
 
     def _item(self, name: str, question: _Question, answers: list[Any]) -> Any:
         """What the task's metric makes of the answers to a question."""
@@ -294,9 +315,17 @@ def _results(task: Any, question: _Question, answers: list[Any]) -> Mapping[str,
     return results
 
 
+def _hint(loaded: LoadedTask) -> str:
+    """What may be wrong if a question cannot be put."""
+    wanted, pool = loaded.task.get_config("num_fewshot") or 0, getattr(getattr(loaded.task, "sampler", None), "df", ())
+    return f" ({wanted} examples are asked for, of {len(pool)})" if wanted > len(pool) else ""
+
+
 def _has_own_results(task: Any) -> bool:
+    """Whether code of the task's own scores answers."""
     plain = isinstance(task, ConfigurableTask) and type(task).process_results is ConfigurableTask.process_results
-    return not plain or callable(task.config.process_results)
+    own_metric = any(callable(each["metric"]) for each in task.get_config("metric_list") or [])
+    return not plain or own_metric or callable(task.config.process_results)
 
 
 def _is_none(answer: Any) -> bool:

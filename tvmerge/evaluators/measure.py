@@ -64,21 +64,35 @@ class Measure:
             logarithm.
 
         Raises:
-            TaskError: the metric is no mean over questions.
+            TaskError: an item is nothing that the metric can be computed of.
         """
         if self.aggregate in WEIGHTED:
             return self._shares(items)
-        values = [None if item is None else _finite(self._value(item)) for item in items]
-        if self.aggregate not in BY_QUESTION:
-            self._check(items, values)
-        return values
+        return [None if item is None else _finite(self._value(item)) for item in items]
+
+    def check(self, items: Sequence[Any]) -> None:
+        """Check that the metric is the mean over questions that `values` takes it for.
+
+        Raises:
+            TaskError: it is not.
+        """
+        known = [item for item in items if item is not None]
+        if self.aggregate in BY_QUESTION or not known:
+            return
+        try:
+            whole = float(self.aggregate(known))
+        except Exception as error:
+            raise self._refusal() from error
+        values = [self._value(item) for item in known]
+        if not math.isclose(whole, math.fsum(values) / len(values), rel_tol=1e-6, abs_tol=1e-9):
+            raise self._refusal()
 
     def _value(self, item: Any) -> float:
         if self.aggregate is perplexity:
             return -float(item)
         try:
             return float(item) if self.aggregate in MEANS else float(self.aggregate([item]))
-        except (TypeError, ValueError, IndexError) as error:
+        except Exception as error:
             raise self._refusal() from error
 
     def _shares(self, items: Sequence[Any]) -> list[float | None]:
@@ -87,17 +101,6 @@ class Measure:
         unit = math.fsum(known) / len(known) if known else math.nan
         scale = unit * (math.log(2) if self.aggregate is bits_per_byte else 1)
         return [None if item is None or not scale else _finite(-float(item[0]) / scale) for item in items]
-
-    def _check(self, items: Sequence[Any], values: Sequence[float | None]) -> None:
-        known = [value for value in values if value is not None]
-        if len(known) != len(items):
-            return
-        try:
-            whole = float(self.aggregate(list(items)))
-        except (TypeError, ValueError, IndexError) as error:
-            raise self._refusal() from error
-        if not math.isclose(whole, math.fsum(known) / len(known), rel_tol=1e-6, abs_tol=1e-9):
-            raise self._refusal()
 
     def _refusal(self) -> TaskError:
         return TaskError(
@@ -130,11 +133,17 @@ def choose_measure(name: str, task: Task, wanted: str | None = None) -> Measure:
     if metric not in aggregations or (chosen and chosen not in filters):
         known = f"its metrics are {', '.join(map(str, aggregations))}, its filters {', '.join(filters)}"
         raise TaskError(f"task {name}: has no metric {wanted!r}, {known}")
+    higher = task.higher_is_better().get(metric)
+    if higher is None:  # lm-eval takes it for false
+        raise TaskError(
+            f"task {name}: does not say whether a higher {metric} is better: add higher_is_better: true or false to it "
+            "in the metric_list of its file"
+        )
     measure = Measure(
         task=name,
         metric=metric,
         filter=chosen or filters[0],
-        higher_is_better=bool(task.higher_is_better().get(metric, True)),
+        higher_is_better=bool(higher),
         aggregate=aggregations[metric],
     )
     if metric not in usable:

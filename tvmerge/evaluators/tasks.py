@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
+import inspect
+import json
 import logging
 import random
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,8 @@ import datasets
 import lm_eval.utils
 import numpy as np
 import torch
-from lm_eval.api.task import Task
+import yaml
+from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
 from tvmerge.errors import TaskError
@@ -37,17 +42,41 @@ class LoadedTask:
     entry: str  # what the user named: the task, or a group or tag that it is of
     task: Task  # lm-eval's
     questions: Sequence[Mapping[str, Any]]
+    groups: tuple[str, ...] = ()  # all that it is in, the largest first
 
     @property
     def labels(self) -> list[Hashable] | None:
-        """The label of each question; None if it is no task of a few labels."""
+        """The label of each question; None if it is no task of a few labels.
+
+        Raises:
+            TaskError: the task's own code fails on a question.
+        """
         if self.task.OUTPUT_TYPE != "multiple_choice":
             return None
         target = self.task.doc_to_text if getattr(self.task, "multiple_input", 0) else self.task.doc_to_target
-        labels = [target(question) for question in self.questions]
-        if not all(isinstance(label, (int, str)) for label in labels) or len(set(labels)) > MAX_LABELS:
-            return None
-        return labels
+        labels: list[Hashable] = []
+        for index, question in enumerate(self.questions):
+            try:
+                label = target(question)
+            except Exception as error:
+                raise TaskError(f"task {self.name}, question {index}: {one_line(error)}") from error
+            if not isinstance(label, (Integral, str)):
+                return None
+            labels.append(label if isinstance(label, str) else int(label))
+        return labels if len(set(labels)) <= MAX_LABELS else None
+
+    @property
+    def scoring(self) -> str:
+        """A digest of how the task makes scores of answers: its metrics, its filters, and code of its own."""
+        config = self.task.config
+        listed = [self.task.OUTPUT_TYPE, config.metric_list, config.filter_list]
+        digest = hashlib.sha256(json.dumps(listed, default=lambda code: getattr(code, "__qualname__", "")).encode())
+        metrics = [value for metric in config.metric_list or [] for value in metric.values()]
+        for code in (type(self.task), config.process_results, *metrics):
+            # The whole file, as functions call others of it. lm-eval's own class changes with lm-eval only.
+            if callable(code) and code is not ConfigurableTask and (path := inspect.getsourcefile(code)):
+                digest.update(Path(path).read_bytes())
+        return digest.hexdigest()[:16]
 
 
 def load_tasks(
@@ -79,11 +108,16 @@ def load_tasks(
     manager = _task_manager(frozenset(names), task_dir, jglue_data)
     tasks: dict[str, LoadedTask] = {}
     for entry in names:
-        for task in _load(manager, entry):
+        found, groups = _load(manager, entry)
+        if not found:
+            raise TaskError(f"task {entry}: is a group without a task")
+        for task in found:
             name = task.task_name
             if name in tasks:
                 raise TaskError(f"task {name}: is named twice, by {tasks[name].entry} and by {entry}")
-            tasks[name] = _prepare(name, entry, task, (num_fewshot or {}).get(entry))
+            prepared = _prepare(name, entry, task, (num_fewshot or {}).get(entry))
+            within = [group for group, members in groups.items() if name in members]
+            tasks[name] = replace(prepared, groups=tuple(sorted(within, key=lambda group: -len(groups[group]))))
     return tasks
 
 
@@ -92,15 +126,19 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
 
 
-def _load(manager: TaskManager, entry: str) -> list[Task]:
+def _load(manager: TaskManager, entry: str) -> tuple[list[Task], dict[str, set[str]]]:
+    """The tasks of an entry, and of each group in it the names of its tasks."""
     try:
         with _seeded():
-            return list(manager.load([entry])["tasks"].values())
-    except IndexError as error:
-        raise TaskError(f"task {entry}: has no questions: its split is empty ({one_line(error)})") from error
+            loaded = manager.load([entry])
+        groups = loaded.get("groups", {})
+        members = {name: {task.task_name for task in group.get_all_tasks()} for name, group in groups.items()}
+        return list(loaded["tasks"].values()), members
     except (ValueError, FileNotFoundError, ConnectionError) as error:  # of our own task files, and of datasets
         raise TaskError(f"task {entry}: {' '.join(str(error).split())[:400]}") from error
     except Exception as error:
+        if isinstance(error, IndexError) and "size 0" in str(error):  # datasets, of the first question
+            raise TaskError(f"task {entry}: has no questions: its split is empty") from error
         raise TaskError(f"task {entry}: cannot be loaded: {one_line(error)}") from error
 
 
@@ -123,7 +161,7 @@ def _prepare(name: str, entry: str, task: Task, num_fewshot: int | None) -> Load
 
 def _remembered(function: Callable[..., Any], questions: Sequence[Any]) -> Callable[..., Any]:
     """A function that fills in a template of a question, called once for each: every trial would ask it again."""
-    known = {id(question) for question in questions}
+    known = {id(question): question for question in questions}  # alive, so that nothing else gets their ids
     values: dict[int, Any] = {}
 
     @functools.wraps(function)
@@ -182,6 +220,7 @@ def _task_manager(names: frozenset[str], task_dir: Path | None, jglue_data: Path
     # The index of lm-eval's own tasks takes ten seconds: made only when a name asks for it.
     manager = TaskManager(include_path=folders, metadata=metadata)
     if unknown := sorted(names - set(manager.all_tasks)):
+        _check_files(task_dir)
         likely = difflib.get_close_matches(unknown[0], manager.all_tasks, n=1)
         hint = f" (is {likely[0]} meant?)" if likely else ""
         own = [name for name in ours if "-" not in name]  # those in the prompt styles of older scripts are many
@@ -190,3 +229,12 @@ def _task_manager(names: frozenset[str], task_dir: Path | None, jglue_data: Path
             "`lm_eval ls tasks` lists those of lm-eval"
         )
     return manager
+
+
+def _check_files(task_dir: Path | None) -> None:
+    """Refuse a file that is no YAML: lm-eval passes over it in silence, and its task is unknown."""
+    for path in [] if task_dir is None else sorted(task_dir.glob("**/*.yaml")):
+        try:
+            yaml.compose(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+            raise TaskError(f"{path}: cannot be read as YAML: {one_line(error)}") from error
