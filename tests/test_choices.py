@@ -9,6 +9,7 @@ import pytest
 from conftest import TASKS
 from hypothesis import given
 from hypothesis import strategies as st
+from lm_eval.api.metrics import mean
 from lm_eval.api.task import ConfigurableTask
 
 from tvmerge.evaluators.choices import NotPlainError, PlainChoices, is_plain_choice
@@ -42,7 +43,7 @@ def questions(draw: st.DrawFn, several: bool) -> dict[str, Any]:
     choices = draw(st.lists(TEXTS, min_size=1, max_size=5, unique=True))
     index = st.integers(0, len(choices))
     right = st.integers(0, len(choices) - 1)  # lm-eval fails on a number of numpy that is none of them
-    one = index | right.map(np.int32) | right.map(np.int64) | st.sampled_from([*choices, "no choice"])
+    one = st.booleans() | index | right.map(np.int32) | right.map(np.int64) | st.sampled_from([*choices, "no choice"])
     gold = draw(st.lists(index, max_size=3) if several else one)
     likelihoods = draw(st.lists(LIKELIHOODS, min_size=len(choices), max_size=len(choices)))
     return {"choices": choices, "gold": gold, "likelihoods": likelihoods}
@@ -73,6 +74,12 @@ def test_questions_without_a_right_choice_are_counted() -> None:
     assert choices.n_without_answer == 3
 
 
+def test_a_question_without_choices_is_left_to_lm_eval() -> None:
+    docs = [{"choices": ["a"], "gold": 0}, {"choices": [], "gold": 0}]
+    with pytest.raises(NotPlainError):
+        PlainChoices(Fake("acc", several=False), Measure("t", "acc", "none", True, np.mean), docs)
+
+
 @pytest.mark.parametrize(("gold", "several"), [(None, False), ([0], False), (1.0, False), (0, True), (["a"], True)])
 def test_targets_of_another_kind_are_left_to_lm_eval(gold: Any, several: bool) -> None:
     docs = [{"choices": ["a", "b"], "gold": gold}]
@@ -95,4 +102,5 @@ def test_what_has_a_scoring_of_its_own_is_left_to_it(
     for key, value in change.items():
         monkeypatch.setattr(TASK.config, key, value)
     assert is_plain_choice(TASK, choose_measure("t", TASK)) is plain
-    assert not is_plain_choice(TASK, Measure("t", "brier_score", "none", False, np.mean))
+    assert not is_plain_choice(TASK, Measure("t", "brier_score", "none", False, mean))
+    assert not is_plain_choice(TASK, Measure("t", "acc", "none", True, max)), "an aggregation of its own"

@@ -57,6 +57,8 @@ def assert_refused(arguments: list[str], message: str, output: Path, capsys: pyt
         (["--task_weight", "tiny_choice=heavy"], "--task_weight tiny_choice=heavy: must be a number"),
         (["--task_weight", "tiny_choice=1", "tiny_choice=2"], "--task_weight names the task tiny_choice twice"),
         (["--task_weight", "tiny_choice=0", "tiny_extract=0"], "--task_weight leaves no task a weight"),
+        (["--task_weight", "tiny_choice=1e308"], "must be a number, 1,000,000 at most"),
+        (["--system_instruction", "a\udcf6"], "--system_instruction is not text in the encoding of this terminal"),
         (["--num_fewshot", "-1"], "--num_fewshot must be at least 0"),
         (["--num_fewshot", "1,2,3"], "--num_fewshot must be one number or one for each of the 2 tasks, got 3"),
         (["--jglue_data", "nowhere"], "--jglue_data nowhere: no such folder"),

@@ -7,9 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
 import torch
 from conftest import TASKS, Trio, save_tokenizer
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from tvmerge.checkpoint import Checkpoint
@@ -110,3 +113,23 @@ def test_weights_that_are_no_numbers_leave_every_question_unscored(trio: Trio) -
     with torch.no_grad():
         model.model.lm_head.weight.fill_(float("nan"))
     assert {score.score for score in questions.score(harness, lambda _: None)} == {None}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_answers_that_are_drawn_are_those_of_lm_eval(trio: Trio, tmp_path: Path) -> None:
+    for path in TASKS.glob("tiny_*.*"):
+        text = path.read_text().replace("do_sample: false", "do_sample: true\n  temperature: 1.0")
+        (tmp_path / path.name).write_text(text.replace("max_gen_toks: 4", "max_gen_toks: 1"))
+    model, name = live(trio.target), "tiny_extract"
+    questions = LmEvalEvaluator(tasks=load_tasks([name], task_dir=tmp_path), questions={name: range(40)})
+    scores = questions.score(HarnessModel(model, batch_size=8), lambda _: None)
+    theirs = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=8),
+        tasks=[name],
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    expected = [sample["exact_match"] for sample in theirs["samples"][name]]
+    assert [score.score for score in scores] == expected
+    assert 0 < sum(expected) < 40
+    assert scores == questions.score(HarnessModel(model, batch_size=8), lambda _: None)

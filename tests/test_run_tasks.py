@@ -154,14 +154,38 @@ def test_a_task_of_its_own_code_is_scored_by_it(trio: Trio, tmp_path: Path) -> N
     assert {line["score"] for line in lines(tmp_path / "out")} <= {0.0, 1.0, 2.0, 3.0, 4.0}
 
 
+@pytest.mark.parametrize(
+    ("code", "status", "message"),
+    [
+        ("return {'exact_match': 1 / (not results[0])}", 1, "ZeroDivisionError"),  # of no empty answer
+        ("return {'exact_match': 1 / 0}", 2, "task mine, question 1: ZeroDivisionError"),
+        ("return None", 2, "process_results must give a mapping"),
+        ("return {'right': 1}", 2, "task mine: gives no exact_match for a question, only right"),
+        ("return {'exact_match': 'yes'}", 2, "its metric exact_match is 'yes' for a question, which is no number"),
+        ("raise SystemExit(0)", 2, "ended the run by sys.exit(0)"),
+    ],
+)
 def test_code_that_fails_on_an_answer_says_where(
-    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str], code: str, status: int, message: str
 ) -> None:
     folder = custom_task(tmp_path, process_results="tiny_own.process_results")
-    (folder / "tiny_own.py").write_text("def process_results(doc, results):\n    return {'exact_match': 1 / 0}\n")
+    (folder / "tiny_own.py").write_text(f"def process_results(doc, results):\n    {code}\n")
     command = [*flags(trio, tmp_path / "out", tasks="mine"), "--task_dir", str(folder)]
+    assert main(command) == status
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "task mine" in line or "sys.exit" in line
+    assert message in line
+    assert (tmp_path / "out").exists() == (status == 1)
+
+
+def test_a_study_whose_scores_are_all_unscored_names_the_task(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = custom_task(tmp_path, process_results="tiny_own.score")
+    (folder / "tiny_own.py").write_text("def score(doc, results):\n    return {'exact_match': float('nan')}\n")
+    command = [*flags(trio, tmp_path / "out", tasks="tiny_choice,mine"), "--task_dir", str(folder)]
     assert main(command) == 1
-    assert "task mine, question" in capsys.readouterr().err
+    assert "no question could be scored, of mine" in capsys.readouterr().err
 
 
 def test_a_metric_over_all_questions_is_refused_and_nothing_is_recorded(
@@ -203,12 +227,18 @@ def test_prompts_are_put_as_chats(trio: Trio, tmp_path: Path, capsys: pytest.Cap
     template = "{% for m in messages %}{{ m.role[:1] }}{{ m.content }}{% endfor %}a"
     (target / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": template}))
     chat = ["--target_model", str(target), "--apply_chat_template", "--system_instruction", "bad"]
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + template
     found: list[list[float]] = []
-    for more in ([], chat[:2], chat):
+    for more in ([], chat[:2], chat[:3], chat):
         output = tmp_path / str(len(found))
         assert main(flags(trio, output, *more, tasks="tiny_perplexity")) == 0
         found.append([line["score"] for line in lines(output)])
-    assert found[0] == found[1] != found[2]
+    assert found[0] == found[1]
+    assert found[1] != found[2] != found[3]
+    (target / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": refusing}))
+    assert main(flags(trio, tmp_path / "refused", *chat, tasks="tiny_perplexity")) == 0
+    assert "the chat template takes no system message: --system_instruction is left out" in capsys.readouterr().err
+    assert [line["score"] for line in lines(tmp_path / "refused")] == found[2]
     assert main(flags(trio, output, *chat[:3], tasks="tiny_perplexity")) == 2
     assert "system_instruction was 'bad' and is None" in capsys.readouterr().err
 
@@ -217,6 +247,8 @@ def test_prompts_are_put_as_chats(trio: Trio, tmp_path: Path, capsys: pytest.Cap
     ("changes", "code", "message"),
     [
         ({"doc_to_target": "{{answer if question[0] != 'c' else no.such}}"}, "", "task mine: a question cannot be put"),
+        ({"repeats": "a"}, "", "task mine: repeats must be a whole number of at least 1, got 'a'"),
+        ({"generation_kwargs": {"until": [None], "max_gen_toks": 4}}, "", "until must be a text or a list of texts"),
         ({"generation_kwargs": {"until": ["x"], "max_gen_toks": 0}}, "", ": answers of 0 tokens are asked for"),
         (
             {"filter_list": [{"name": "x", "filter": [{"function": "regex", "regex_pattern": "("}]}]},
@@ -287,6 +319,16 @@ def test_files_and_groups_that_hold_no_task_are_said(
     command = [*flags(trio, tmp_path / "out", tasks="none"), "--task_dir", str(folder)]
     assert main(command) == 2
     assert "task none: is a group without a task" in capsys.readouterr().err
+    for text, message in (
+        ("- a\n", "is no task"),
+        ("include: no.yaml\ntask: broken\n", "includes no.yaml, which is not"),
+    ):
+        (folder / "broken.yaml").write_text(text)
+        assert main([*flags(trio, tmp_path / "out", tasks="broken"), "--task_dir", str(folder)]) == 2
+        assert f"broken.yaml: {message}" in capsys.readouterr().err
+    (folder / "broken.yaml").write_text("task: 5\n")
+    assert main([*flags(trio, tmp_path / "out", tasks="mine"), "--task_dir", str(folder)]) == 2
+    assert "a file in it names no task" in capsys.readouterr().err
     (folder / "broken.yaml").write_text("task: broken\n  metric: [\n")
     command = [*flags(trio, tmp_path / "out", tasks="broken"), "--task_dir", str(folder)]
     assert main(command) == 2

@@ -21,7 +21,7 @@ from jsonargparse import ArgumentParser
 
 from tvmerge import __version__
 from tvmerge.config import LIST_SETTINGS, SWITCHES, ApplyConfig, JglueConfig, PlanConfig
-from tvmerge.errors import InputError, TvmergeError
+from tvmerge.errors import InputError, TaskError, TvmergeError
 
 __all__ = ["main"]
 
@@ -105,7 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = arguments[arguments.command].as_dict()
         values.pop("config", None)
         config_class, run = COMMANDS[arguments.command]
-        run(config_class(**values))
+        try:
+            run(config_class(**values))
+        except SystemExit as error:  # would end this process as if all were well
+            raise TaskError(f"code of a task or of a library ended the run by sys.exit({error.code!r})") from error
     except (argparse.ArgumentError, UnicodeDecodeError) as error:
         return _complain(command, error, status=2, hint=" (see tvmerge --help)")
     except TvmergeError as error:

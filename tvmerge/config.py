@@ -20,6 +20,7 @@ __all__ = ["LIST_SETTINGS", "SWITCHES", "ApplyConfig", "JglueConfig", "MergeConf
 NOT_IDENTITY = frozenset({"n_trials", "cache_dir", "output_dir", "task_dir", "jglue_data", "delta_storage"})
 #: Weights are float32 numbers.
 LARGEST_WEIGHT = 3e38
+LARGEST_TASK_WEIGHT = 1_000_000
 #: Settings that take several values on the command line: `--tuned_model a b`.
 LIST_SETTINGS = frozenset({"tuned_model", "weight_groups", "freeze", "task_metric", "task_weight"})
 #: Settings that are switched on by their name alone: `--apply_chat_template`.
@@ -227,6 +228,10 @@ class JglueConfig(MergeConfig):
         tasks = self.tasks
         if not tasks or not all(tasks) or len(set(tasks)) != len(tasks):
             raise ConfigError(f"--jglue_tasks must name different tasks, separated by commas, got {self.jglue_tasks!r}")
+        try:
+            (self.system_instruction or "").encode()
+        except UnicodeEncodeError:
+            raise ConfigError("--system_instruction is not text in the encoding of this terminal") from None
         _ = self.limits, self.shots, self.metrics, self.task_weights
 
     @property
@@ -293,8 +298,8 @@ class JglueConfig(MergeConfig):
                 weights[task] = float(text)
             except ValueError:
                 weights[task] = math.nan
-            if not math.isfinite(weights[task]):
-                raise ConfigError(f"--task_weight {task}={text}: must be a number")
+            if not abs(weights[task]) <= LARGEST_TASK_WEIGHT:  # also if it is no number
+                raise ConfigError(f"--task_weight {task}={text}: must be a number, {LARGEST_TASK_WEIGHT:,} at most")
         return weights
 
     def _by_task(self, name: str, form: str) -> dict[str, str]:

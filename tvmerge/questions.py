@@ -18,6 +18,8 @@ from tvmerge.files import local_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from tvmerge.evaluators.harness import HarnessModel
+
 __all__ = ["Questions", "Tasks", "ask_questions", "open_tasks"]
 
 _Value = TypeVar("_Value")
@@ -50,6 +52,17 @@ class Questions:
     goals: Goals
     scoring: Mapping[str, str]  # task → what its scores mean
     notes: Sequence[str]  # what the user should know of them
+
+    def prepare(self, harness: HarnessModel) -> None:
+        """Make all questions ready for a model.
+
+        Raises:
+            TaskError: one that the model cannot take.
+        """
+        self.search.prepare(harness)
+        if self.heldout is not None:
+            self.heldout.prepare(harness)
+            self.heldout.is_checked = True  # if the questions of the search are
 
 
 def open_tasks(config: JglueConfig) -> Tasks:
@@ -88,14 +101,9 @@ def ask_questions(config: JglueConfig, tasks: Tasks, tokenizer: PreTrainedTokeni
         ConfigError: a chat template is asked for, and there is none.
         TaskError: a question that cannot be put, or too few of them.
     """
-    if config.apply_chat_template and not tokenizer.chat_template:
-        raise ConfigError("--apply_chat_template: the target's tokenizer has no chat template")
-    chat = ChatFormat(
-        system_instruction=config.system_instruction,
-        tokenizer=tokenizer if config.apply_chat_template else None,
-        fewshot_as_multiturn=config.fewshot_as_multiturn,
-    )
-    searched, heldout, notes = {}, {}, []
+    chat = _chat(config, tokenizer)
+    searched, heldout = {}, {}
+    notes = []
     for name, task in tasks.loaded.items():
         n_questions, limit = len(task.questions), config.limits[task.entry]
         split = split_questions(
@@ -118,6 +126,8 @@ def ask_questions(config: JglueConfig, tasks: Tasks, tokenizer: PreTrainedTokeni
             seed=config.question_seed,
         )
 
+    if chat.tokenizer is not None and config.system_instruction and not chat.takes_system:
+        notes.append("the chat template takes no system message: --system_instruction is left out")
     search = evaluator(searched)
     for name, n in search.n_without_answer.items():
         notes.append(f"task {name}: {n} of its questions have no right choice: every answer to them is wrong")
@@ -127,6 +137,16 @@ def ask_questions(config: JglueConfig, tasks: Tasks, tokenizer: PreTrainedTokeni
         goals=tasks.goals,
         scoring=tasks.scoring,
         notes=notes,
+    )
+
+
+def _chat(config: JglueConfig, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
+    if config.apply_chat_template and not tokenizer.chat_template:
+        raise ConfigError("--apply_chat_template: the target's tokenizer has no chat template")
+    return ChatFormat(
+        system_instruction=config.system_instruction,
+        tokenizer=tokenizer if config.apply_chat_template else None,
+        fewshot_as_multiturn=config.fewshot_as_multiturn,
     )
 
 

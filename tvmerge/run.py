@@ -58,20 +58,31 @@ def jglue(config: JglueConfig) -> None:
         if nbytes > LONG_TO_READ:
             print(f"looking for NaN and infinity in {nbytes / 1e9:.0f} GB of weights", file=sys.stderr)
         check_finite(sources, omit)
-    output.mkdir(parents=True, exist_ok=True)
-    study = open_study(config, output, sources=sources, merge=merge, questions=questions, device=device)
+
+    def study_of() -> MergeStudy:
+        output.mkdir(parents=True, exist_ok=True)
+        return open_study(config, output, sources=sources, merge=merge, questions=questions, device=device)
+
+    # A study that is there may refuse, which is said before a model is loaded. One that is not is made last.
+    study = study_of() if (output / "study.db").exists() else None
     try:
+        folder = sources.target.model.path
+        model = TransformersModel.from_folder(folder, checkpoint=merge.target, device=device, dtype=config.dtype)
+        # Found once: another batch size would give other rounding errors.
+        tokens = None if study is None else study.recall("batch_tokens")
+        harness = HarnessModel(model, batch_size=config.batch_size, tokens=tokens)
+        questions.prepare(harness)
+        study = study or study_of()
         remove_staged(output, "best")
         resolved = {**asdict(config), "n_trials": max(config.n_trials, study.n_finished)}
         write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-        folder = sources.target.model.path
-        model = TransformersModel.from_folder(folder, checkpoint=merge.target, device=device, dtype=config.dtype)
-        JglueRun(config, output, sources, settings, merge, study, model, questions).run()
+        JglueRun(config, output, sources, settings, merge, study, model, harness, questions).run()
     except STORAGE_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"{output / 'study.db'}: cannot be written ({reason}): the same command goes on") from error
     finally:
-        study.close()
+        if study is not None:
+            study.close()
 
 
 def choose_device(name: str) -> str:
@@ -147,21 +158,17 @@ class JglueRun:
     merge: Merge
     study: MergeStudy
     model: TransformersModel
+    harness: HarnessModel  # around the model
     questions: Questions
 
     def run(self) -> None:
         """Run the trials that are not done yet, then prove and save the best."""
-        # Found once: another batch size would give other rounding errors.
-        tokens = self.study.recall("batch_tokens")
-        harness = HarnessModel(self.model, batch_size=self.config.batch_size, tokens=tokens)
+        harness = self.harness
         progress = RunProgress(n_trials=self.config.n_trials, n_finished=self.study.n_finished)
         for note in self.questions.notes:
             progress.note(note)
-        for evaluator in (self.questions.search, self.questions.heldout):
-            if evaluator is not None:
-                evaluator.prepare(harness)
-                # Metrics are looked at with the first trial, or never: a search that is under way is not to be lost.
-                evaluator.is_checked = evaluator is not self.questions.search or self.study.n_finished > 0
+        # Metrics are looked at with the first trial, or never: a search that is under way is not to be lost.
+        self.questions.search.is_checked = self.study.n_finished > 0
         for task, n in harness.n_cut.items():
             progress.note(
                 f"task {task}: {n} requests are longer than the {harness.max_length} tokens that the model takes: they "

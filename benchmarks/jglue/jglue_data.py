@@ -21,9 +21,9 @@ __all__ = ["JGLUE_URL", "MGSM_URL", "jcommonsenseqa", "jnli", "jsquad", "marc_ja
 #: Where the repositories yahoojapan/JGLUE and google-research/url-nlp can be read file by file.
 JGLUE_URL = "https://raw.githubusercontent.com/yahoojapan/JGLUE/main"
 MGSM_URL = "https://raw.githubusercontent.com/google-research/url-nlp/main"
-#: The version of JGLUE that is downloaded.
 #: How a folder is given, to tvmerge and to lm-eval.
 FLAG = '--jglue_data DIR (lm_eval run: --metadata \'{"jglue_data": "DIR"}\')'
+#: The version of JGLUE that is downloaded.
 VERSION = "v1.3"
 
 JNLI_LABELS = ("entailment", "contradiction", "neutral")

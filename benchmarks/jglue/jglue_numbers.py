@@ -11,7 +11,7 @@ __all__ = ["last_number", "process_results"]
 
 UNITS = {"百": 10**2, "千": 10**3, "万": 10**4, "億": 10**8, "兆": 10**12}
 #: Wide characters to narrow ones, and the several minus signs to one. Not NFKC: it would make ① a 1.
-NARROW = str.maketrans("０１２３４５６７８９，．−－‐‑", "0123456789,.----")
+NARROW = str.maketrans("０１２３４５６７８９，．−－‐‑–", "0123456789,.-----")
 #: A number with its units: 1,234.5 or 3千 or 2千万 or 70 万.
 TERM = re.compile(
     r"(?P<digits>(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?)(?P<small>[百千])?(?P<large> ?[万億兆])?"

@@ -35,6 +35,7 @@ def is_plain_choice(task: Task, measure: Measure) -> bool:
         and task.config.filter_list is None
         and task.config.repeats == 1
         and measure.metric in NORMS
+        and measure.is_mean
         and "acc_mutual_info" not in task.aggregation()
     )
 
@@ -48,12 +49,14 @@ class PlainChoices:
         questions: of the task, in the order in which they are answered.
 
     Raises:
-        NotPlainError: a right choice is given in another way than by its index or text.
+        NotPlainError: a question has no choices, or its right one is given otherwise than by its index or text.
     """
 
     def __init__(self, task: Task, measure: Measure, questions: Sequence[Any]) -> None:
         choices = [task.doc_to_choice(question) for question in questions]
         counts = np.array([len(each) for each in choices], np.int64)
+        if not counts.all():
+            raise NotPlainError
         shape = len(questions), int(counts.max(initial=0))
         self._filled = np.arange(shape[1]) < counts[:, None]
         self._norms = np.ones(shape)

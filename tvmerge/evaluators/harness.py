@@ -17,6 +17,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from tvmerge.errors import TaskError
+from tvmerge.evaluators.tasks import one_line
 from tvmerge.models.batching import TokenBudget
 from tvmerge.models.generation import GenerationRequest, PreparedGeneration, can_generate_here
 from tvmerge.models.likelihood import PackedLikelihoods, longest_row, shares_prefixes
@@ -180,11 +181,15 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         n_new = known.pop("max_gen_toks")
         if n_new < 1:
             raise ValueError(f"answers of {n_new} tokens are asked for")
+        if not all(isinstance(each, str) for each in stop):
+            raise ValueError(f"until must be a text or a list of texts, got {settings.get('until')!r}")
         if n_new >= self.max_length:
             raise ValueError(f"answers of {n_new} tokens are asked for, of a model that takes {self.max_length} in all")
         if any(value not in GREEDY.get(name, ()) for name, value in known.items()):
             return None
         prompt = self.tok_encode(context, left_truncate_len=self.max_length - n_new)
+        if not prompt:
+            raise ValueError(f"the prompt {_short(context)} has no token")
         return GenerationRequest(prompt=prompt, max_new_tokens=n_new, stop=tuple(stop))
 
     def _is_cut(self, context: str, settings: dict[str, Any]) -> bool:
@@ -212,8 +217,9 @@ def _each(make: Callable[..., _Made], instances: Sequence[Instance]) -> list[_Ma
     for instance in instances:
         try:
             made.append(make(*instance.args))
-        except ValueError as error:
-            raise TaskError(f"task {instance.task_name}, question {instance.doc_id}: {error}") from error
+        except Exception as error:
+            what = str(error) if isinstance(error, ValueError) else one_line(error)
+            raise TaskError(f"task {instance.task_name}, question {instance.doc_id}: {what}") from error
     return made
 
 

@@ -55,6 +55,17 @@ class ChatFormat:
             "chat_template": None if self.tokenizer is None else self.render,
         }
 
+    @property
+    def takes_system(self) -> bool:
+        """Whether the chat template takes a message of the system."""
+        assert self.tokenizer is not None
+        try:
+            chat = [{"role": role, "content": "a"} for role in ("system", "user")]
+            self.tokenizer.apply_chat_template(chat, tokenize=False)
+        except jinja2.TemplateError:
+            return False
+        return True
+
     def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a chat; without the system's message if the template refuses one, as in lm-eval."""
         assert self.tokenizer is not None
@@ -126,15 +137,16 @@ class LmEvalEvaluator:
             except Exception as error:
                 raise TaskError(f"task {name}: a question cannot be put: {one_line(error)}{_hint(loaded)}") from error
         self._choices: dict[str, PlainChoices] = {}
-        for name, task in self._tasks.items():
+        for name in self._tasks:
             try:
                 for part in self._filter(name).filters:
                     part()  # refuses what it cannot work with
-                if is_plain_choice(task, self._measures[name]):
-                    docs = [question.doc for question in self._questions[name]]
-                    self._choices[name] = PlainChoices(task, self._measures[name], docs)
-            except NotPlainError:
-                continue  # left to lm-eval's own scoring
+                if choices := self._plain_choices(name):
+                    self._choices[name] = choices
+                else:
+                    self._try_out(name)
+            except (TaskError, RunError) as error:
+                raise TaskError(str(error)) from error
             except Exception as error:
                 raise TaskError(f"task {name}: its answers cannot be scored: {one_line(error)}") from error
         #: Whether it is known that metrics of the tasks' own code are means over questions.
@@ -144,6 +156,30 @@ class LmEvalEvaluator:
             [sum(r.repeats for r in q.requests) for questions in self._questions.values() for q in questions], np.int64
         )
         self._prepared: tuple[HarnessModel, list[_Prepared]] | None = None
+
+    def _plain_choices(self, name: str) -> PlainChoices | None:
+        task, measure = self._tasks[name], self._measures[name]
+        if not is_plain_choice(task, measure):
+            return None
+        try:
+            return PlainChoices(task, measure, [question.doc for question in self._questions[name]])
+        except NotPlainError:
+            return None  # left to lm-eval's own scoring
+
+    def _try_out(self, name: str) -> None:
+        """Score a made-up answer, so that code which cannot do that is found before a model answers."""
+        question, measure = self._questions[name][0], self._measures[name]
+        made_up = {"loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0, "generate_until": ""}
+        for request in question.requests:
+            request.resps = [made_up[request.request_type]] * request.repeats
+            request.filtered_resps = {}
+        self._filter(name).apply(list(question.requests))
+        answers = [request.filtered_resps[measure.filter] for request in question.requests]
+        results = _results(self._tasks[name], question, answers)
+        if measure.metric not in results:
+            known = ", ".join(map(str, results))
+            raise TaskError(f"task {name}: gives no {measure.metric} for a question, only {known or 'nothing'}")
+        measure.values([results[measure.metric]])
 
     @property
     def n_without_answer(self) -> dict[str, int]:
@@ -309,7 +345,9 @@ def _results(task: Any, question: _Question, answers: list[Any]) -> Mapping[str,
     # A task's own code may write into the question; lm-eval's does not.
     doc = copy.deepcopy(question.doc) if _has_own_results(task) else question.doc
     try:
-        results: Mapping[str, Any] = task.process_results(doc, answers)
+        results = task.process_results(doc, answers)
+        if not isinstance(results, Mapping):
+            raise TypeError(f"process_results must give a mapping, metric → value, got {results!r}")
     except Exception as error:
         raise RunError(f"task {question.task}, question {question.index}: {one_line(error)}") from error
     return results

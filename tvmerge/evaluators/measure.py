@@ -44,6 +44,11 @@ class Measure:
         """Whether the questions' mean is the metric's logarithm."""
         return self.aggregate in (perplexity, weighted_perplexity)
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether it is the plain mean of numbers."""
+        return self.aggregate in MEANS
+
     def goal(self, *, weight: float) -> TaskGoal:
         """The goal of the task; a negative weight turns the metric's direction around."""
         return TaskGoal(
@@ -91,8 +96,11 @@ class Measure:
         if self.aggregate is perplexity:
             return -float(item)
         try:
-            return float(item) if self.aggregate in MEANS else float(self.aggregate([item]))
+            return float(item) if self.is_mean else float(self.aggregate([item]))
         except Exception as error:
+            if self.is_mean:
+                what = f"task {self.task}: its metric {self.metric} is {item!r} for a question, which is no number"
+                raise TaskError(what) from error
             raise self._refusal() from error
 
     def _shares(self, items: Sequence[Any]) -> list[float | None]:
@@ -134,7 +142,7 @@ def choose_measure(name: str, task: Task, wanted: str | None = None) -> Measure:
         known = f"its metrics are {', '.join(map(str, aggregations))}, its filters {', '.join(filters)}"
         raise TaskError(f"task {name}: has no metric {wanted!r}, {known}")
     higher = task.higher_is_better().get(metric)
-    if higher is None:  # lm-eval takes it for false
+    if not isinstance(higher, bool):  # lm-eval takes null for false, and text for true
         raise TaskError(
             f"task {name}: does not say whether a higher {metric} is better: add higher_is_better: true or false to it "
             "in the metric_list of its file"

@@ -146,6 +146,9 @@ def _prepare(name: str, entry: str, task: Task, num_fewshot: int | None) -> Load
     for attribute, what in (("MULTIMODAL", "is of images or sounds"), ("UNSAFE_CODE", "runs code that a model wrote")):
         if getattr(task, attribute, False):
             raise TaskError(f"task {name}: {what}, which is not supported")
+    repeats = task.get_config("repeats")
+    if repeats is not None and not (isinstance(repeats, int) and repeats >= 1):
+        raise TaskError(f"task {name}: repeats must be a whole number of at least 1, got {repeats!r}")
     own = task.get_config("num_fewshot")
     if own is None or (num_fewshot is not None and own != 0):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
@@ -213,7 +216,10 @@ def _task_manager(names: frozenset[str], task_dir: Path | None, jglue_data: Path
         raise TaskError(f"--jglue_data {jglue_data}: no such folder")
     folders = [str(folder) for folder in (_own_tasks(), task_dir) if folder is not None]
     metadata = None if jglue_data is None else {"jglue_data": str(jglue_data)}
-    manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
+    try:
+        manager = TaskManager(include_path=folders, include_defaults=False, metadata=metadata)
+    except Exception as error:  # a name that is no text
+        raise TaskError(f"--task_dir {task_dir}: a file in it names no task: {one_line(error)}") from error
     ours = sorted(manager.all_tasks)
     if names <= set(ours):
         return manager
@@ -232,9 +238,14 @@ def _task_manager(names: frozenset[str], task_dir: Path | None, jglue_data: Path
 
 
 def _check_files(task_dir: Path | None) -> None:
-    """Refuse a file that is no YAML: lm-eval passes over it in silence, and its task is unknown."""
+    """Refuse a file that lm-eval cannot read: it passes over it in silence, and its task is unknown."""
     for path in [] if task_dir is None else sorted(task_dir.glob("**/*.yaml")):
         try:
-            yaml.compose(path.read_text(encoding="utf-8"))
+            document = yaml.compose(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
             raise TaskError(f"{path}: cannot be read as YAML: {one_line(error)}") from error
+        if not isinstance(document, yaml.MappingNode):
+            raise TaskError(f"{path}: is no task: it must be a mapping with a key task")
+        included = {key.value: value.value for key, value in document.value}.get("include")
+        if isinstance(included, str) and not (path.parent / included).is_file():
+            raise TaskError(f"{path}: includes {included}, which is not there")
