@@ -26,11 +26,15 @@ from lm_eval.tasks import TaskManager
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tvmerge.checkpoint import Checkpoint
+from tvmerge.evaluators import QuestionScore
 from tvmerge.evaluators.harness import HarnessModel
 from tvmerge.evaluators.lm_eval import LmEvalEvaluator
 from tvmerge.evaluators.tasks import LoadedTask, load_tasks
 from tvmerge.hub import resolve
 from tvmerge.models.transformers import TransformersModel
+from tvmerge.search import uniform_weights
+from tvmerge.sources import MergeSettings, open_sources
+from tvmerge.study import MergeStudy
 
 __all__ = ["ROUNDS", "Timer", "made_up_task", "overhead", "plain_passes", "sharing", "wide_model"]
 
@@ -99,8 +103,10 @@ def overhead(*, n_questions: int, rounds: int, batch_size: int = 256) -> dict[st
     start = time.perf_counter()
     evaluator = LmEvalEvaluator(tasks=tasks, questions={name: range(n_questions) for name in tasks})
     found["build requests"] = time.perf_counter() - start
-    models = {name: live(DEMO / "models" / name) for name in ("target", "tuned")}
-    model = models["target"]
+    target, base, tuned = (str(DEMO / "models" / role) for role in ("target", "base", "tuned"))
+    sources = open_sources(target=target, tuned=[tuned], base=base, vocabulary="same", cache_dir=None)
+    merge = sources.merge(MergeSettings(), keep=True)
+    model = live(Path(target))
     start = time.perf_counter()
     harness = HarnessModel(model, batch_size=batch_size)
     found["try what the model can"] = time.perf_counter() - start
@@ -108,15 +114,41 @@ def overhead(*, n_questions: int, rounds: int, batch_size: int = 256) -> dict[st
     theirs = HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=batch_size)
     manager = TaskManager(include_path=str(DEMO / "tasks"), include_defaults=False)
     timer = Timer(model.model)
-    gc.freeze()  # as a run does it
+    scoring: list[float] = []
+
+    def evaluate(weights: Mapping[str, float]) -> list[QuestionScore]:
+        model.load(merge.at(weights))
+        start = time.perf_counter()
+        scores = evaluator.score(harness, lambda _: None)
+        scoring.append(time.perf_counter() - start)
+        return scores
+
     ours, other = [], []
-    for _ in range(rounds):
-        ours.append(timer.of(lambda: evaluator.score(harness, lambda _: None)))
-        other.append(timer.of(lambda: _simple_evaluate(theirs, manager, n_questions)))
-    gc.unfreeze()
-    for name, times in (("trial", ours), ("lm-eval", other)):
-        found[name], found[f"{name} forward"] = (statistics.median(column) for column in zip(*times, strict=True))
-    return {**found, "outside": statistics.median(1 - forward / whole for whole, forward in ours)}
+    with tempfile.TemporaryDirectory() as folder:
+        study = MergeStudy(
+            output_dir=Path(folder),
+            identity={},
+            weight_names=merge.weight_names,
+            weight_range=(0.0, 2.0),
+            sampler="TPE",
+            seed=0,
+            uniform=uniform_weights(weight_min=0.0, weight_max=2.0)[:2],
+        )
+        gc.freeze()  # as a run does it
+        for _ in range(2 + rounds):  # the first two warm up
+            ours.append(timer.of(lambda: study.run_trial(evaluate)))
+            other.append(timer.of(lambda: _simple_evaluate(theirs, manager, n_questions)))
+        gc.unfreeze()
+        study.close()
+    trials, forwards = zip(*ours[2:], strict=True)
+    rest = [(t, f, s) for t, f, s in zip(trials, forwards, scoring[2:], strict=True)]
+    found["forward"], found["trial"] = statistics.median(forwards), statistics.median(trials)
+    found["scoring"] = statistics.median(score - forward for _, forward, score in rest)
+    found["study"] = statistics.median(trial - score for trial, _, score in rest)
+    found["outside of scoring"] = statistics.median(1 - forward / score for _, forward, score in rest)
+    found["outside of trial"] = statistics.median(1 - forward / trial for trial, forward, _ in rest)
+    found["lm-eval"], found["lm-eval forward"] = (statistics.median(c) for c in zip(*other[2:], strict=True))
+    return found
 
 
 def _simple_evaluate(model: HFLM, manager: TaskManager, n_questions: int) -> object:
@@ -217,6 +249,7 @@ def sharing(
     return {
         **{name: statistics.median(taken) for name, taken in times.items()},
         "furthest": max(abs(a[0] - b[0]) for a, b in zip(ours, other, strict=True)),
+        "own furthest": max(abs(a[0] - b[0]) for a, b in zip(other, single, strict=True)),
         "differ": _differ(requests, ours, other),
         "own": _differ(requests, other, single),
     }
@@ -263,15 +296,20 @@ def main() -> None:
     rows = [[name, f"{found[name]:.2f}"] for name in once]
     rows += [
         ["**once per process**", f"{sum(found[name] for name in once):.2f}"],
-        ["forward passes", f"{found['trial forward']:.3f}"],
-        [f"all else, {found['outside']:.1%} of the trial", f"{found['trial'] - found['trial forward']:.3f}"],
-        ["**each trial**", f"{found['trial']:.3f}"],
+        ["forward passes", f"{found['forward']:.3f}"],
+        [f"all else of scoring, {found['outside of scoring']:.1%} of it", f"{found['scoring']:.3f}"],
+        ["drawing and merging weights, study, scores.jsonl", f"{found['study']:.3f}"],
+        [f"**each trial**, {found['outside of trial']:.1%} outside of forward passes", f"{found['trial']:.3f}"],
         ["lm_eval.simple_evaluate: forward passes", f"{found['lm-eval forward']:.3f}"],
         ["lm_eval.simple_evaluate: all else", f"{found['lm-eval'] - found['lm-eval forward']:.3f}"],
         [f"**lm_eval.simple_evaluate**, {found['lm-eval'] / found['trial']:.1f} times", f"{found['lm-eval']:.3f}"],
     ]
     print(table([f"4 toy tasks of {options.n_questions} questions, medians", "s"], rows))
     rows = []
+    for name in ("toy_jcommonsenseqa", "toy_jnli"):
+        tasks = load_tasks([name], task_dir=DEMO / "tasks")
+        result = sharing(live(DEMO / "models" / "tuned"), tasks, n_questions=options.n_questions, rounds=options.rounds)
+        rows.append([f"none; {name}, tuned toy, bfloat16, {options.n_questions} questions", *_cells(result)])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for hidden, layers, dtype, same in (
@@ -288,7 +326,7 @@ def main() -> None:
             what = "the same" if same else "other ones for each question"
             rows.append([f"{what}; {hidden} x {layers} layers, {dtype}, {n} questions", *_cells(result)])
     heads = ["3 examples", "limit, s", "tvmerge, s", "of the limit", "lm-eval, s", "over tvmerge"]
-    print(table([*heads, "furthest", "other answers", "lm-eval's own"], rows))
+    print(table([*heads, "furthest", "other answers"], rows))
 
 
 def _cells(result: Mapping[str, float]) -> list[str]:
@@ -298,9 +336,8 @@ def _cells(result: Mapping[str, float]) -> list[str]:
         f"{result['tvmerge'] / result['limit']:.2f}",
         f"{result['lm-eval']:.2f}",
         f"{result['lm-eval'] / result['tvmerge']:.1f}",
-        f"{result['furthest']:.1g}",
-        f"{result['differ']}",
-        f"{result['own']}",
+        f"{result['furthest']:.1g} ({result['own furthest']:.1g})",
+        f"{result['differ']} ({result['own']})",
     ]
 
 

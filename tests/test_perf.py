@@ -55,7 +55,7 @@ def test_memory_is_measured(perf: ModuleType, models: Path, what: str) -> None:
 def test_the_overhead_of_a_trial_is_measured() -> None:
     found = load(SCRIPTS[1]).overhead(n_questions=5, rounds=1)
     assert all(value > 0 for value in found.values())
-    assert found["trial"] > found["trial forward"]
+    assert found["trial"] > found["forward"]
 
 
 def test_what_shared_prompts_save_is_measured_and_no_answer_differs(tmp_path: Path) -> None:

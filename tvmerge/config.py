@@ -171,7 +171,8 @@ class JglueConfig(MergeConfig):
         fewshot_as_multiturn: in a chat, examples are turns of their own, not one text
         holdout: share of each task's questions that the search never sees, to judge the best model on
         question_seed: seed of the choice of questions
-        batch_size: requests of full length that the model answers at a time, of shorter ones more; auto finds it once
+        batch_size: requests of full length that the model answers at a time, of shorter ones more; auto takes many, and
+            halves them until they fit in memory
         device: where the model runs: auto, cpu, cuda, cuda:1, ...
         output_dir: folder of this run; the best model is saved in output_dir/best
     """
