@@ -58,7 +58,7 @@ class HeldOut:
     def score(self, state_dict: StateDict) -> list[QuestionScore]:
         """Scores a model on the held-out questions."""
         self._model.load(state_dict)
-        return self._evaluator.score(self._harness, lambda _: None)
+        return list(self._evaluator.score(self._harness, lambda _: None).scores)
 
     def uniform(self, weight: float) -> list[QuestionScore]:
         """Scores the merge with one weight for all."""

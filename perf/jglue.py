@@ -26,7 +26,7 @@ from lm_eval.tasks import TaskManager
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tvmerge.checkpoint import Checkpoint
-from tvmerge.evaluators import QuestionScore
+from tvmerge.evaluators import Scored
 from tvmerge.evaluators.harness import HarnessModel
 from tvmerge.evaluators.lm_eval import LmEvalEvaluator
 from tvmerge.evaluators.tasks import LoadedTask, load_tasks
@@ -116,12 +116,12 @@ def overhead(*, n_questions: int, rounds: int, batch_size: int = 256) -> dict[st
     timer = Timer(model.model)
     scoring: list[float] = []
 
-    def evaluate(weights: Mapping[str, float]) -> list[QuestionScore]:
+    def evaluate(weights: Mapping[str, float], number: int) -> Scored:
         model.load(merge.at(weights))
         start = time.perf_counter()
-        scores = evaluator.score(harness, lambda _: None)
+        scored = evaluator.score(harness, lambda _: None)
         scoring.append(time.perf_counter() - start)
-        return scores
+        return scored
 
     ours, other = [], []
     with tempfile.TemporaryDirectory() as folder:

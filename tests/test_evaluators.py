@@ -62,7 +62,7 @@ def test_scores_equal_lm_eval_for_every_question_and_follow_the_weights(trio: Tr
     for folder in (trio.target, trio.tuned, trio.base, trio.target):
         model.load(Checkpoint(resolve(str(folder))))
         progress: list[int] = []
-        scores = evaluator.score(harness, progress.append)
+        scores = evaluator.score(harness, progress.append).scores
         assert sum(progress) == evaluator.n_questions
         assert scores == lm_eval_scores(model, questions)
         seen.append(scores)
@@ -80,7 +80,7 @@ def test_a_model_that_copies_is_right_and_one_that_does_not_is_wrong(trio: Trio)
         tasks=load_tasks(NAMES, task_dir=TASKS),
         questions={"tiny_choice": list(range(60)), "tiny_extract": list(range(40))},
     )
-    scores = evaluator.score(HarnessModel(model, batch_size=16), lambda _: None)
+    scores = evaluator.score(HarnessModel(model, batch_size=16), lambda _: None).scores
     assert task_scores(scores) == {"tiny_choice": pytest.approx(1 / 3), "tiny_extract": 0.0}
 
 

@@ -34,7 +34,7 @@ def evaluator() -> LmEvalEvaluator:
     return LmEvalEvaluator(tasks=load_tasks(NAMES, task_dir=TASKS), questions=dict.fromkeys(NAMES, range(30)))
 
 
-def values(scores: list[QuestionScore]) -> list[float]:
+def values(scores: Sequence[QuestionScore]) -> list[float]:
     return [score.score for score in scores if score.score is not None]
 
 
@@ -59,16 +59,16 @@ def memory_of(model: torch.nn.Module, n_tokens: int) -> Iterator[list[int]]:
 def test_a_batch_size_is_found_once(trio: Trio) -> None:
     model, questions = live(trio.target), evaluator()
     harness = HarnessModel(model, batch_size="auto")
-    expected = values(questions.score(harness, lambda _: None))
+    expected = values(questions.score(harness, lambda _: None).scores)
     with memory_of(model.model, 100) as tried:
-        assert values(questions.score(harness, lambda _: None)) == pytest.approx(expected, rel=0.05)
+        assert values(questions.score(harness, lambda _: None).scores) == pytest.approx(expected, rel=0.05)
         assert max(tried) > 100
         tried.clear()
-        questions.score(harness, lambda _: None)
+        questions.score(harness, lambda _: None).scores
         assert max(tried) <= 100, "what did not fit was tried again"
         again = HarnessModel(model, batch_size="auto", tokens=harness.budget.tokens)
         tried.clear()
-        evaluator().score(again, lambda _: None)
+        evaluator().score(again, lambda _: None).scores
         assert max(tried) <= 100, "what another process had found was not used"
 
 
@@ -76,9 +76,9 @@ def test_a_batch_of_a_given_size_is_no_larger_than_its_requests_at_full_length(t
     model = live(trio.target)
     for size in (1, 4):
         harness, questions = HarnessModel(model, batch_size=size), evaluator()
-        questions.score(harness, lambda _: None)
+        questions.score(harness, lambda _: None).scores
         with memory_of(model.model, 10_000) as tried:
-            questions.score(harness, lambda _: None)
+            questions.score(harness, lambda _: None).scores
         # The longest request: six characters, four new tokens.
         assert max(tried) <= size * 10
 
@@ -101,10 +101,10 @@ def test_models_that_share_nothing_are_scored_all_the_same(kind: str, tmp_path: 
     questions = LmEvalEvaluator(tasks=load_tasks(names, task_dir=TASKS), questions=dict.fromkeys(names, range(9)))
     harness = HarnessModel(live(tmp_path), batch_size=4)
     progress: list[int] = []
-    scores = questions.score(harness, progress.append)
+    scores = questions.score(harness, progress.append).scores
     assert sum(progress) == len(scores) == 18
     assert all(score.score in (0.0, 1.0) for score in scores)
-    assert scores == questions.score(harness, lambda _: None)
+    assert scores == questions.score(harness, lambda _: None).scores
 
 
 def test_weights_that_are_no_numbers_leave_every_question_unscored(trio: Trio) -> None:
@@ -112,7 +112,7 @@ def test_weights_that_are_no_numbers_leave_every_question_unscored(trio: Trio) -
     harness = HarnessModel(model, batch_size=4)
     with torch.no_grad():
         model.model.lm_head.weight.fill_(float("nan"))
-    assert {score.score for score in questions.score(harness, lambda _: None)} == {None}
+    assert {score.score for score in questions.score(harness, lambda _: None).scores} == {None}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -122,7 +122,7 @@ def test_answers_that_are_drawn_are_those_of_lm_eval(trio: Trio, tmp_path: Path)
         (tmp_path / path.name).write_text(text.replace("max_gen_toks: 4", "max_gen_toks: 1"))
     model, name = live(trio.target), "tiny_extract"
     questions = LmEvalEvaluator(tasks=load_tasks([name], task_dir=tmp_path), questions={name: range(40)})
-    scores = questions.score(HarnessModel(model, batch_size=8), lambda _: None)
+    scores = questions.score(HarnessModel(model, batch_size=8), lambda _: None).scores
     theirs = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model.model, tokenizer=model.tokenizer, batch_size=8),
         tasks=[name],
@@ -132,4 +132,4 @@ def test_answers_that_are_drawn_are_those_of_lm_eval(trio: Trio, tmp_path: Path)
     expected = [sample["exact_match"] for sample in theirs["samples"][name]]
     assert [score.score for score in scores] == expected
     assert 0 < sum(expected) < 40
-    assert scores == questions.score(HarnessModel(model, batch_size=8), lambda _: None)
+    assert scores == questions.score(HarnessModel(model, batch_size=8), lambda _: None).scores

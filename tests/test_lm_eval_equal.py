@@ -170,7 +170,7 @@ def our_scores(model: Path, folder: Path, chat: ChatFormat | None = None) -> dic
     halves = [range(0, N, 2), range(1, N, 2)] if chat is None else [range(N)]
     for half in halves:
         evaluator = LmEvalEvaluator(tasks=tasks, questions=dict.fromkeys(tasks, half), measures=measures, chat=chat)
-        for score in evaluator.score(HarnessModel(live, batch_size=8), lambda _: None):
+        for score in evaluator.score(HarnessModel(live, batch_size=8), lambda _: None).scores:
             found.setdefault(score.task.removeprefix("ours_"), []).append(score)
     return {name: sorted(scores, key=lambda score: score.question) for name, scores in found.items()}
 
@@ -222,7 +222,7 @@ def test_the_mean_over_questions_is_the_metric_itself(
     tasks = load_tasks([f"ours_{name}" for name in TASKS], task_dir=folder)
     measures = {f"ours_{name}": choose_measure(name, tasks[f"ours_{name}"].task, TASKS[name][3]) for name in TASKS}
     evaluator = LmEvalEvaluator(tasks=tasks, questions=dict.fromkeys(tasks, range(N)), measures=measures)
-    means = task_scores(evaluator.score(HarnessModel(live, batch_size=8), lambda _: None))
+    means = task_scores(evaluator.score(HarnessModel(live, batch_size=8), lambda _: None).scores)
     for name, mean in means.items():
         goal = measures[name].goal(weight=1)
         metric = results[name][goal.metric]

@@ -102,7 +102,7 @@ def test_the_saved_model_scores_what_the_study_says(finished: Path) -> None:
     )
     live = TransformersModel.from_folder(folder, checkpoint=checkpoint, device="cpu")
     model = HarnessModel(live, batch_size=16)
-    scores = evaluator.score(model, lambda _: None)
+    scores = evaluator.score(model, lambda _: None).scores
     assert [score.score for score in scores] == [line["score"] for line in mine]
     assert mean_score(scores) == recipe["score"]["search"]
 

@@ -78,7 +78,7 @@ def assert_it_scores_what_the_study_says(output: Path) -> None:
     evaluator = LmEvalEvaluator(tasks=load_tasks(tasks, task_dir=TASKS), questions=questions)
     checkpoint = Checkpoint(resolve(str(output / "best")))
     live = TransformersModel.from_folder(output / "best", checkpoint=checkpoint, device="cpu")
-    scores = evaluator.score(HarnessModel(live, batch_size=16), lambda _: None)
+    scores = evaluator.score(HarnessModel(live, batch_size=16), lambda _: None).scores
     assert [score.score for score in scores] == [line["score"] for line in mine]
     assert mean_score(scores) == recipe["score"]["search"]
 

@@ -36,7 +36,7 @@ folder = output / "best"
 questions = ask_questions(config, open_tasks(config), load_tokenizer(folder))
 live = TransformersModel.from_folder(folder, checkpoint=Checkpoint(resolve(str(folder))), device="cpu")
 harness = HarnessModel(live, batch_size=config.batch_size)
-scores = questions.search.score(harness, lambda n: None)
+scores = questions.search.score(harness, lambda n: None).scores
 print(json.dumps([[s.task, s.question, s.score] for s in scores]))
 """
 

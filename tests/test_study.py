@@ -11,7 +11,7 @@ import optuna
 import pytest
 
 from tvmerge.errors import RunError, StudyError
-from tvmerge.evaluators import QuestionScore
+from tvmerge.evaluators import QuestionScore, Scored
 from tvmerge.study import MergeStudy
 
 NAMES = ["layers.0", "layers.1"]
@@ -30,9 +30,9 @@ def open_study(folder: Path, **changes: Any) -> MergeStudy:
     return MergeStudy(output_dir=folder, **settings)
 
 
-def score(weights: Mapping[str, float]) -> list[QuestionScore]:
+def score(weights: Mapping[str, float], number: int) -> Scored:
     value = 1 - (weights["layers.0"] - 0.4) ** 2 - (weights["layers.1"] - 1.2) ** 2
-    return [QuestionScore("a", question, value) for question in (3, 8)]
+    return Scored([QuestionScore("a", question, value) for question in (3, 8)], {"seen": number})
 
 
 def run(folder: Path, n_trials: int, **changes: Any) -> list[tuple[int, dict[str, float], float]]:
@@ -55,7 +55,7 @@ def test_a_study_that_stops_anywhere_ends_like_one_that_does_not(sampler: str, t
     stopped.mkdir()
     expected = run(straight, 20, sampler=sampler)
 
-    def die(weights: Mapping[str, float]) -> list[QuestionScore]:
+    def die(weights: Mapping[str, float], number: int) -> Scored:
         raise Killed
 
     for n_trials in (1, 2, 6, 14, 19):
@@ -141,8 +141,8 @@ def test_two_processes_cannot_share_a_folder(tmp_path: Path) -> None:
     open_study(tmp_path).close()
 
 
-def break_with(error: Exception) -> Callable[[Mapping[str, float]], list[QuestionScore]]:
-    def evaluate(weights: Mapping[str, float]) -> list[QuestionScore]:
+def break_with(error: Exception) -> Callable[[Mapping[str, float], int], Scored]:
+    def evaluate(weights: Mapping[str, float], number: int) -> Scored:
         raise error
 
     return evaluate
@@ -153,7 +153,7 @@ def test_a_failed_trial_is_recorded_with_its_weights_and_is_no_score(tmp_path: P
     study.run_trial(score)
     study.run_trial(score)
     assert study.run_trial(break_with(ValueError("no\nsense"))) is None
-    assert study.run_trial(lambda _: [QuestionScore("a", 1, None)]) is None
+    assert study.run_trial(lambda _, __: Scored([QuestionScore("a", 1, None)])) is None
     study.run_trial(score)
     assert [result.number for result in study.results()] == [0, 1, 4]
     failed = study._study.trials[2]
@@ -213,7 +213,7 @@ def test_every_question_of_every_trial_is_kept(tmp_path: Path) -> None:
 def test_of_equal_trials_the_first_is_the_best(tmp_path: Path) -> None:
     study = open_study(tmp_path)
     for _ in range(4):
-        study.run_trial(lambda _: [QuestionScore("a", 0, 0.5)])
+        study.run_trial(lambda _, __: Scored([QuestionScore("a", 0, 0.5)]))
     assert study.best().number == 0
     study.close()
 

@@ -9,6 +9,7 @@ TvmergeError
 │   ├── StudyError          a run's folder that belongs to another run
 │   └── RecipeError         a recipe file
 └── RunError                the input was right and the run failed; exit status 1
+    └── StopError           the run stops here, and the same command goes on; a trial under way is not recorded
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = [
     "InputError",
     "RecipeError",
     "RunError",
+    "StopError",
     "StudyError",
     "TaskError",
     "TvmergeError",
@@ -60,3 +62,7 @@ class RecipeError(InputError):
 
 class RunError(TvmergeError):
     """A run that started well could not go on."""
+
+
+class StopError(RunError):
+    """The run cannot go on, by no fault of the trial under way: it is run again by the same command."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from tvmerge.config import JglueConfig
 from tvmerge.errors import ConfigError
 from tvmerge.evaluators import Goals, TaskGoal
+from tvmerge.evaluators.harness import HarnessModel
 from tvmerge.evaluators.lm_eval import ChatFormat, LmEvalEvaluator
 from tvmerge.evaluators.measure import Measure, choose_measure
 from tvmerge.evaluators.split import split_questions
@@ -18,9 +19,9 @@ from tvmerge.files import local_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from tvmerge.evaluators.harness import HarnessModel
+    from tvmerge.models.transformers import TransformersModel
 
-__all__ = ["Questions", "Tasks", "ask_questions", "open_tasks"]
+__all__ = ["TaskQuestions", "Tasks", "ask_questions", "open_tasks"]
 
 _Value = TypeVar("_Value")
 
@@ -44,25 +45,37 @@ class Tasks:
 
 
 @dataclass(frozen=True)
-class Questions:
-    """The questions of a run, ready to be asked."""
+class TaskQuestions:
+    """The questions of lm-eval's tasks, ready to be asked."""
 
     search: LmEvalEvaluator
     heldout: LmEvalEvaluator | None  # None: none is held out
     goals: Goals
     scoring: Mapping[str, str]  # task → what its scores mean
     notes: Sequence[str]  # what the user should know of them
+    batch_size: int | str = 16
+    categories: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
-    def prepare(self, harness: HarnessModel) -> None:
-        """Make all questions ready for a model.
+    def open_model(self, model: TransformersModel, *, tokens: int | None) -> HarnessModel:
+        """Make a live model and all questions ready for each other.
 
         Raises:
             TaskError: one that the model cannot take.
         """
+        harness = HarnessModel(model, batch_size=self.batch_size, tokens=tokens)
         self.search.prepare(harness)
         if self.heldout is not None:
             self.heldout.prepare(harness)
             self.heldout.is_checked = True  # if the questions of the search are
+        return harness
+
+    def resume(self, finished: Collection[int]) -> None:
+        """Metrics are looked at with the first trial, or never: a search that is under way is not to be lost."""
+        self.search.is_checked = bool(finished)
+
+    def cost(self) -> str:
+        """Free."""
+        return ""
 
 
 def open_tasks(config: JglueConfig) -> Tasks:
@@ -89,7 +102,7 @@ def open_tasks(config: JglueConfig) -> Tasks:
     return Tasks(loaded=loaded, measures=measures, goals=goals)
 
 
-def ask_questions(config: JglueConfig, tasks: Tasks, tokenizer: PreTrainedTokenizerBase) -> Questions:
+def ask_questions(config: JglueConfig, tasks: Tasks, tokenizer: PreTrainedTokenizerBase) -> TaskQuestions:
     """Choose the questions of each task and build all their requests.
 
     Args:
@@ -131,12 +144,13 @@ def ask_questions(config: JglueConfig, tasks: Tasks, tokenizer: PreTrainedTokeni
     search = evaluator(searched)
     for name, n in search.n_without_answer.items():
         notes.append(f"task {name}: {n} of its questions have no right choice: every answer to them is wrong")
-    return Questions(
+    return TaskQuestions(
         search=search,
         heldout=evaluator(heldout) if config.holdout else None,
         goals=tasks.goals,
         scoring=tasks.scoring,
         notes=notes,
+        batch_size=config.batch_size,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import yaml
 
@@ -22,16 +22,23 @@ class Candidate:
     scores: Sequence[QuestionScore]
 
 
-def score_table(candidates: Sequence[Candidate], goals: Goals | None = None) -> str:
+def score_table(
+    candidates: Sequence[Candidate],
+    goals: Goals | None = None,
+    categories: Mapping[str, Sequence[str]] | None = None,
+) -> str:
     """A Markdown table, aligned for a terminal: a row for each task and one for the score, a column for each model.
 
     Args:
         candidates: models scored on the same questions, in the order of their columns.
         goals: how the scores of tasks make that of a model.
+        categories: task → the category of each of its questions; such a task has a row for each of them.
     """
     goals = goals or {}
-    by_task = [task_scores(candidate.scores) for candidate in candidates]
-    counts = {task: sum(s.task == task for s in candidates[0].scores) for task in by_task[0]}
+    by_task = [task_scores(_rows(candidate.scores, categories or {})) for candidate in candidates]
+    counts = {task: 0 for task in by_task[0]}
+    for task, _ in {(s.task, s.question) for s in _rows(candidates[0].scores, categories or {})}:
+        counts[task] += 1
     rows = [["task", "questions", *(candidate.label for candidate in candidates)]]
     for task, n in counts.items():
         goal = goals.get(task, TaskGoal())
@@ -44,6 +51,11 @@ def score_table(candidates: Sequence[Candidate], goals: Goals | None = None) -> 
     lines = [_row(row, widths) for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")
     return "\n".join(lines)
+
+
+def _rows(scores: Sequence[QuestionScore], categories: Mapping[str, Sequence[str]]) -> list[QuestionScore]:
+    """Scores, named by what their rows are called."""
+    return [replace(s, task=categories[s.task][s.question]) if s.task in categories else s for s in scores]
 
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:

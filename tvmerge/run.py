@@ -1,27 +1,38 @@
-"""The search command, assembled from the parts: check everything, then search, prove and save."""
+"""The search commands, assembled from the parts: check everything, then search, prove and save."""
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from tvmerge.checkpoint import Checkpoint, Header
-from tvmerge.config import JglueConfig
+from tvmerge.bench import open_judged, trial_name
+from tvmerge.config import JglueConfig, MtBenchConfig, SearchConfig
 from tvmerge.errors import CheckpointError, ConfigError, RecipeError, RunError
-from tvmerge.evaluators import Evaluator, QuestionScore, TaskGoal, mean_score, task_scores
-from tvmerge.evaluators.harness import HarnessModel
+from tvmerge.evaluators import (
+    Evaluator,
+    Questions,
+    QuestionScore,
+    Scored,
+    ScoredModel,
+    TaskGoal,
+    mean_score,
+    task_scores,
+)
 from tvmerge.files import check_output, local_path, remove_staged, staged_directory, write_text
 from tvmerge.hub import ModelId
 from tvmerge.merge import Merge
 from tvmerge.models.transformers import TransformersModel, load_tokenizer, unread_by_all
 from tvmerge.progress import RunProgress
-from tvmerge.questions import Questions, ask_questions, open_tasks
+from tvmerge.questions import ask_questions, open_tasks
 from tvmerge.recipe import RECIPE_FILE, Recipe, library_versions, source_entries, write_model
 from tvmerge.report import Candidate, model_card, score_table, verdict
 from tvmerge.search import uniform_weights
@@ -31,7 +42,7 @@ from tvmerge.study import STORAGE_ERRORS, MergeStudy, TrialResult
 from tvmerge.vocabulary import vocabulary_digest
 from tvmerge.writer import model_files
 
-__all__ = ["jglue"]
+__all__ = ["jglue", "mt_bench"]
 
 #: Bytes of weights whose reading takes so long that it is said.
 LONG_TO_READ = 4_000_000_000
@@ -44,15 +55,39 @@ def jglue(config: JglueConfig) -> None:
         InputError: something that the user gave cannot work; nothing was written.
         RunError: a baseline failed, or three trials in a row.
     """
-    output = local_path(config.output_dir, flag="--output_dir")
-    check_output(output)
+    output = _checked_output(config)
     device = choose_device(config.device)
     tasks = open_tasks(config)
+    _search(config, output, device, lambda tokenizer: ask_questions(config, tasks, tokenizer))
+
+
+def mt_bench(config: MtBenchConfig) -> None:
+    """Search, prove and save a merge whose answers a judge likes best.
+
+    Raises:
+        InputError: something that the user gave cannot work; nothing was written.
+        RunError: a baseline failed, or three trials in a row, or the judge cannot be asked any more.
+    """
+    output = _checked_output(config)
+    device = choose_device(config.device)
+    with open_judged(config, output) as bench:
+        _search(config, output, device, bench.ask)
+
+
+def _checked_output(config: SearchConfig) -> Path:
+    output = local_path(config.output_dir, flag="--output_dir")
+    check_output(output)
+    return output
+
+
+def _search(
+    config: SearchConfig, output: Path, device: str, ask: Callable[[PreTrainedTokenizerBase], Questions]
+) -> None:
     sources = open_sources(**config.models)
     omit = unread_by_all(sources.whole_models())
     settings = replace(config.merge_settings, omit=omit)
     merge = sources.merge(settings, keep=config.delta_storage == "memory")
-    questions = ask_questions(config, tasks, load_tokenizer(sources.target.model.path))
+    questions = ask(load_tokenizer(sources.target.model.path))
     if not (output / "study.db").exists():
         nbytes = sum(model.spec(name).nbytes for model in sources.models() for name in model.names)
         if nbytes > LONG_TO_READ:
@@ -70,13 +105,12 @@ def jglue(config: JglueConfig) -> None:
         model = TransformersModel.from_folder(folder, checkpoint=merge.target, device=device, dtype=config.dtype)
         # Found once: another batch size would give other rounding errors.
         tokens = None if study is None else study.recall("batch_tokens")
-        harness = HarnessModel(model, batch_size=config.batch_size, tokens=tokens)
-        questions.prepare(harness)
+        asked = questions.open_model(model, tokens=tokens)
         study = study or study_of()
         remove_staged(output, "best")
         resolved = {**asdict(config), "n_trials": max(config.n_trials, study.n_finished)}
         write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-        JglueRun(config, output, sources, settings, merge, study, model, harness, questions).run()
+        SearchRun(config, output, sources, settings, merge, study, model, asked, questions).run()
     except STORAGE_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"{output / 'study.db'}: cannot be written ({reason}): the same command goes on") from error
@@ -102,7 +136,7 @@ def choose_device(name: str) -> str:
 
 
 def open_study(
-    config: JglueConfig, output: Path, *, sources: Sources, merge: Merge, questions: Questions, device: str
+    config: SearchConfig, output: Path, *, sources: Sources, merge: Merge, questions: Questions, device: str
 ) -> MergeStudy:
     """Create or resume the study of a configuration, known by what it asks of which weights, not by their paths."""
     asked = [evaluator.fingerprint for evaluator in (questions.search, questions.heldout) if evaluator is not None]
@@ -148,32 +182,25 @@ class Column:
 
 
 @dataclass(frozen=True)
-class JglueRun:
+class SearchRun:
     """A run whose every part is checked and open."""
 
-    config: JglueConfig
+    config: SearchConfig
     output: Path
     sources: Sources
     settings: MergeSettings
     merge: Merge
     study: MergeStudy
     model: TransformersModel
-    harness: HarnessModel  # around the model
+    asked: ScoredModel  # the model, as evaluators ask it
     questions: Questions
 
     def run(self) -> None:
         """Run the trials that are not done yet, then prove and save the best."""
-        harness = self.harness
         progress = RunProgress(n_trials=self.config.n_trials, n_finished=self.study.n_finished)
-        for note in self.questions.notes:
+        for note in [*self.questions.notes, *self.asked.notes]:
             progress.note(note)
-        # Metrics are looked at with the first trial, or never: a search that is under way is not to be lost.
-        self.questions.search.is_checked = self.study.n_finished > 0
-        for task, n in harness.n_cut.items():
-            progress.note(
-                f"task {task}: {n} requests are longer than the {harness.max_length} tokens that the model takes: they "
-                "are cut from the left"
-            )
+        self.questions.resume([result.number for result in self.study.results()])
         heldout = self.questions.heldout.n_questions if self.questions.heldout else 0
         progress.note(
             f"{len(self.merge.weight_names)} weights, {self.questions.search.n_questions} questions per trial, "
@@ -182,35 +209,37 @@ class JglueRun:
         # Nothing that was made so far can be collected, and to look through it all takes as long as a small trial.
         gc.freeze()
         try:
-            self._search(harness, progress)
-            candidates = self._prove(harness, progress)
+            self._search(progress)
+            candidates = self._prove(progress)
         finally:
             gc.unfreeze()
             progress.close()
         self._save(candidates)
 
     def _score(
-        self, state_dict: StateDict, evaluator: Evaluator, harness: HarnessModel, progress: RunProgress, what: str
-    ) -> Sequence[QuestionScore]:
-        advance, close = progress.count_questions(evaluator.n_questions, what)
+        self, state_dict: StateDict, evaluator: Evaluator, progress: RunProgress, *, name: str, what: str
+    ) -> Scored:
+        advance, close = progress.count_questions(evaluator.n_scores, what)
         try:
             self.sources.check_unchanged()
             self.model.load(state_dict)
             self.sources.check_unchanged()
-            return evaluator.score(harness, advance)
+            return evaluator.score(self.asked, advance, name=name)
         finally:
             close()
 
-    def _search(self, harness: HarnessModel, progress: RunProgress) -> None:
-        def evaluate(weights: Mapping[str, float]) -> Sequence[QuestionScore]:
-            return self._score(self.merge.at(weights), self.questions.search, harness, progress, "questions")
+    def _search(self, progress: RunProgress) -> None:
+        def evaluate(weights: Mapping[str, float], number: int) -> Scored:
+            merged, name = self.merge.at(weights), trial_name(number)
+            return self._score(merged, self.questions.search, progress, name=name, what="questions")
 
         while self.study.n_finished < self.config.n_trials:
             result = self.study.run_trial(evaluate)
-            if self.config.batch_size == "auto" and self.study.recall("batch_tokens") != harness.budget.tokens:
-                self.study.remember("batch_tokens", harness.budget.tokens)
+            if self.config.batch_size == "auto" and self.study.recall("batch_tokens") != self.asked.budget.tokens:
+                self.study.remember("batch_tokens", self.asked.budget.tokens)
             best = self.study.best()
-            progress.finish_trial(score=None if result is None else result.score, best=(best.score, best.number))
+            score = None if result is None else result.score
+            progress.finish_trial(score=score, best=(best.score, best.number), cost=self.questions.cost())
             if result is None:
                 progress.note(f"  {self.study.last_failure()}")
             if self.study.n_finished == min(self.study.n_uniform, self.config.n_trials):
@@ -218,11 +247,12 @@ class JglueRun:
 
     def _warn_of_idle_tasks(self, progress: RunProgress) -> None:
         """Say which tasks gave every model so far the same scores: they cannot guide the search."""
-        seen: dict[str, dict[int, list[tuple[int, float | None]]]] = {}
+        seen: dict[str, dict[int, list[tuple[Any, ...]]]] = {}
         for line in self.study.scores.lines():
             if line["split"] == "search" and line["trial"] is not None:
                 of_task = seen.setdefault(line["task"], {})
-                of_task.setdefault(line["trial"], []).append((line["question"], line["score"]))
+                place = line["question"], line.get("turn"), line.get("choice")
+                of_task.setdefault(line["trial"], []).append((*place, line["score"]))
         for task, by_trial in seen.items():
             scores = list(by_trial.values())
             if len(scores) > 1 and all(other == scores[0] for other in scores):
@@ -235,15 +265,17 @@ class JglueRun:
     def _split(self) -> str:
         return "search" if self.questions.heldout is None else "heldout"
 
-    def _prove(self, harness: HarnessModel, progress: RunProgress) -> list[Candidate]:
+    def _prove(self, progress: RunProgress) -> list[Candidate]:
         """Score target, tuned, uniform and best on the held-out questions; what was scored before is not again."""
         evaluator = self.questions.heldout or self.questions.search
         candidates = []
         for column in self._columns():
             scores = self.study.scores.find(model=column.model, trial=column.trial, split=self._split)
-            if len(scores) != evaluator.n_questions:
+            if len(scores) != evaluator.n_scores:
+                name = column.model.replace("/", "-") if column.trial is None else trial_name(column.trial)
+                name += "" if self.questions.heldout is None else "-heldout"
                 what = f"{self._split} {column.label}"
-                measured = self._score(column.state_dict, evaluator, harness, progress, what)
+                measured = self._score(column.state_dict, evaluator, progress, name=name, what=what).scores
                 self.study.scores.replace(measured, model=column.model, trial=column.trial, split=self._split)
                 scores = list(measured)
             candidates.append(Candidate(label=column.label, scores=scores))
@@ -275,7 +307,7 @@ class JglueRun:
     def _save(self, candidates: Sequence[Candidate]) -> None:
         best = self.study.best()
         goals = self.questions.goals
-        table = score_table(candidates, goals)
+        table = score_table(candidates, goals, self.questions.categories)
         words = verdict(candidates[-1], candidates[:-1], heldout=self.questions.heldout is not None, goals=goals)
         if best.number == 0:
             nothing = "Nothing that was tried scored higher than the target: the best merge is the target itself."

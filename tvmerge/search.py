@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvmerge.evaluators import Goals, QuestionScore, mean_score, task_shares
 
@@ -44,14 +44,15 @@ def paired_gain(
     """The gain of a model over a reference, paired over the questions that both have a score for.
 
     The score is a weighted mean over tasks, so the variance of the gain is the sum over tasks of the variance of the
-    paired differences' mean, times the square of the task's share.
+    paired differences' mean, times the square of the task's share. The turns of a question are not independent, so it
+    is questions that are counted.
 
     Returns:
         None if there is nothing to pair in some task that has a weight.
     """
-    known = {(s.task, s.question): s.score for s in reference if s.score is not None}
-    pairs = [(s, known[s.task, s.question]) for s in model if s.score is not None and (s.task, s.question) in known]
-    differences = [QuestionScore(s.task, s.question, s.score - r) for s, r in pairs if s.score is not None]
+    known = {_key(s): s.score for s in reference if s.score is not None}
+    pairs = [(s, known[_key(s)]) for s in model if s.score is not None and _key(s) in known]
+    differences = [replace(s, score=s.score - r) for s, r in pairs if s.score is not None]
     shares = task_shares(dict.fromkeys(s.task for s in model), goals or {})
     paired = {s.task for s in differences}
     # Over the tasks that can be paired the shares would be other ones.
@@ -59,16 +60,28 @@ def paired_gain(
     if mean is None:
         return None
     variance = math.fsum(
-        share**2 * _variance_of_mean([d.score or 0.0 for d in differences if d.task == task])
+        share**2 * _variance_of_mean([d for d in differences if d.task == task])
         for task, share in shares.items()
         if share
     )
     return Gain(mean=mean, standard_error=math.sqrt(variance))
 
 
-def _variance_of_mean(values: Sequence[float]) -> float:
-    n = len(values)
+def _key(score: QuestionScore) -> tuple[str, int, int, int]:
+    return score.task, score.question, score.turn, score.choice
+
+
+def _variance_of_mean(differences: Sequence[QuestionScore]) -> float:
+    """Variance of the mean of differences, of which those of one question go together.
+
+    Source: clustered standard errors, Miller 2024, Adding Error Bars to Evals, arXiv:2411.00640, section 2.2, times
+    n/(n-1), so that for questions of one score each it is the variance of a plain mean.
+    """
+    mean = math.fsum(d.score or 0.0 for d in differences) / len(differences)
+    residuals: dict[int, float] = {}
+    for d in differences:
+        residuals[d.question] = residuals.get(d.question, 0.0) + (d.score or 0.0) - mean
+    n = len(residuals)
     if n < 2:
         return math.inf
-    mean = math.fsum(values) / n
-    return math.fsum((value - mean) ** 2 for value in values) / (n - 1) / n
+    return n / (n - 1) * math.fsum(residual**2 for residual in residuals.values()) / len(differences) ** 2

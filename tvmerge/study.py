@@ -27,8 +27,8 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from tvmerge.errors import InputError, RunError, StudyError
-from tvmerge.evaluators import Goals, QuestionScore, mean_score, task_scores
+from tvmerge.errors import InputError, StopError, RunError, StudyError
+from tvmerge.evaluators import Goals, QuestionScore, Scored, mean_score, task_scores
 from tvmerge.files import write_text
 from tvmerge.samplers import SeededSampler
 from tvmerge.search import BASELINES
@@ -57,7 +57,8 @@ class ScoreLog:
     """scores.jsonl: one line for each question that a model was scored on.
 
     Keys: `model` (`merge`, at the weights of `trial`, or `tuned`; `tuned/label` if there are several), `trial` (null
-    for those), `split` (`search` or `heldout`), `task`, `question` (index in the task), `score` (null: unscored).
+    for those), `split` (`search` or `heldout`), `task`, `question` (index in the task), `turn` and `choice` (of a
+    conversation, where they are not 1 and 0), `score` (null: unscored).
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,7 +87,8 @@ class ScoreLog:
         # As `_line` writes them, in a fifth of its time: there are thousands.
         head = json.dumps({"model": model, "trial": trial, "split": split}, ensure_ascii=False)[:-1]
         lines = [
-            f'{head}, "task": {_quoted(each.task)}, "question": {each.question}, "score": {json.dumps(each.score)}}}\n'
+            f'{head}, "task": {_quoted(each.task)}, "question": {each.question}{_place(each)}, '
+            f'"score": {json.dumps(each.score)}}}\n'
             for each in scores
         ]
         with self.path.open("a", encoding="utf-8", newline="\n") as file:
@@ -104,7 +106,13 @@ class ScoreLog:
         """The scores of one model on one split, in the order they were written."""
         wanted = {"model": model, "trial": trial, "split": split}
         return [
-            QuestionScore(task=entry["task"], question=entry["question"], score=entry["score"])
+            QuestionScore(
+                task=entry["task"],
+                question=entry["question"],
+                score=entry["score"],
+                turn=entry.get("turn", 1),
+                choice=entry.get("choice", 0),
+            )
             for entry in self.lines()
             if wanted.items() <= entry.items()
         ]
@@ -113,6 +121,12 @@ class ScoreLog:
 @functools.cache
 def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
+
+
+def _place(score: QuestionScore) -> str:
+    """Which turn and choice a score is of, where a question may have several."""
+    turn = f', "turn": {score.turn}' if score.turn != 1 else ""
+    return turn + (f', "choice": {score.choice}' if score.choice else "")
 
 
 def _line(entry: Mapping[str, Any]) -> str:
@@ -250,30 +264,31 @@ class MergeStudy:
             raise RunError("no trial was scored, see the reasons above")
         return max(results, key=lambda result: (result.score, -result.number))
 
-    def run_trial(self, evaluate: Callable[[Mapping[str, float]], Sequence[QuestionScore]]) -> TrialResult | None:
+    def run_trial(self, evaluate: Callable[[Mapping[str, float], int], Scored]) -> TrialResult | None:
         """Run one trial: the one that a kill left unfinished, if there is one, else a new one.
 
         Args:
-            evaluate: weights → a score for each question.
+            evaluate: weights and the trial's number → a score for each question.
 
         Returns:
             None if the trial failed; it is recorded as failed, with its weights and the reason.
 
         Raises:
             RunError: the last trials all failed, or this one did and must not be given up: a baseline, or a trial that
-                ran out of memory or disk. It is run again by the next process.
+                ran out of memory, of disk or of what the judge may cost. It is run again by the next process.
         """
         unfinished = self._trials(TrialState.RUNNING)
         trial = Trial(self._study, unfinished[0]._trial_id) if unfinished else self._study.ask()
         weights = self._weights(trial)
         started = time.monotonic()
         try:
-            scores = evaluate(weights)
+            scored = evaluate(weights, trial.number)
+            scores = scored.scores
             score = mean_score(scores, self._goals)
             if score is None:
                 unscored = ", ".join(task for task, mean in task_scores(scores).items() if mean is None)
                 raise RunError(f"no question could be scored, of {unscored or 'no task'}")
-        except InputError:  # a model was changed meanwhile: nothing is recorded
+        except (InputError, StopError):  # a model was changed meanwhile, a judge has gone: nothing is recorded
             raise
         except Exception as error:
             if trial.number < len(BASELINES) or isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
@@ -281,6 +296,8 @@ class MergeStudy:
             self._fail(trial, error)
             return None
         trial.set_user_attr("task_scores", task_scores(scores))
+        for key, fact in scored.facts.items():
+            trial.set_user_attr(key, fact)
         trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
         self.scores.append(scores, model="merge", trial=trial.number, split="search")
         self._study.tell(trial, score)

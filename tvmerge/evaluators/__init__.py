@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
-__all__ = ["Evaluator", "Goals", "Progress", "QuestionScore", "TaskGoal", "mean_score", "task_scores", "task_shares"]
+if TYPE_CHECKING:
+    from tvmerge.models.batching import TokenBudget
+    from tvmerge.models.transformers import TransformersModel
+
+__all__ = [
+    "Evaluator",
+    "Goals",
+    "Progress",
+    "QuestionScore",
+    "Questions",
+    "Scored",
+    "ScoredModel",
+    "TaskGoal",
+    "mean_score",
+    "task_scores",
+    "task_shares",
+]
 
 #: Called with the number of questions that have just been done.
 Progress = Callable[[int], None]
@@ -20,6 +36,16 @@ class QuestionScore:
     task: str
     question: int  # index in the task's questions, the same in every run
     score: float | None  # None: unscored, which is neither right nor wrong
+    turn: int = 1  # of a conversation
+    choice: int = 0  # which of several answers
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a model got for all questions."""
+
+    scores: Sequence[QuestionScore]  # always in the same order
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what else is to be kept with a trial, as plain JSON values
 
 
 @dataclass(frozen=True)
@@ -45,14 +71,82 @@ class Evaluator(Protocol):
 
     @property
     def n_questions(self) -> int:
-        """How many questions one call of `score` scores."""
+        """How many questions a model is asked."""
+
+    @property
+    def n_scores(self) -> int:
+        """How many scores one call of `score` gives: more than questions if these have several turns."""
 
     @property
     def fingerprint(self) -> str:
         """A digest of everything that a model is asked."""
 
-    def score(self, model: Any, progress: Progress) -> Sequence[QuestionScore]:
-        """Score every question once, always in the same order."""
+    def score(self, model: Any, progress: Progress, *, name: str) -> Scored:
+        """Score every question once.
+
+        Args:
+            model: to ask.
+            progress: told how many of the scores are there.
+            name: what the model is called where its answers are kept.
+
+        Raises:
+            RunError: it cannot be scored.
+        """
+
+
+class ScoredModel(Protocol):
+    """A live model, as evaluators ask it."""
+
+    budget: TokenBudget
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know of how it is asked."""
+
+
+class Questions(Protocol):
+    """The questions of a run."""
+
+    @property
+    def search(self) -> Evaluator:
+        """Those that the search sees."""
+
+    @property
+    def heldout(self) -> Evaluator | None:
+        """Those that the best model is judged on; None: none is held out."""
+
+    @property
+    def goals(self) -> Goals:
+        """How scores make the score of a model."""
+
+    @property
+    def scoring(self) -> Mapping[str, str]:
+        """Task → what its scores mean."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What the user should know of them."""
+
+    @property
+    def categories(self) -> Mapping[str, Sequence[str]]:
+        """Task → the category of each of its questions, of those tasks that have categories."""
+
+    def open_model(self, model: TransformersModel, *, tokens: int | None) -> ScoredModel:
+        """Make a live model ready to be asked, and all questions ready for it.
+
+        Args:
+            model: with the weights of any real model of its kind.
+            tokens: how many of a batch an earlier process has found to fit.
+
+        Raises:
+            TaskError: a question that the model cannot take.
+        """
+
+    def resume(self, finished: Collection[int]) -> None:
+        """Take up a run of which these trials are finished."""
+
+    def cost(self) -> str:
+        """What was spent so far, in a few words; empty if asking is free."""
 
 
 def task_scores(scores: Iterable[QuestionScore]) -> dict[str, float | None]:

@@ -61,6 +61,15 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         #: Task → how many of its requests were longer than the model takes, and were cut from the left.
         self.n_cut: Counter[str] = Counter()
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the requests."""
+        return [
+            f"task {task}: {n} requests are longer than the {self.max_length} tokens that the model takes: they are cut "
+            "from the left"
+            for task, n in self.n_cut.items()
+        ]
+
     def tok_encode(
         self,
         string: str,

@@ -22,7 +22,7 @@ from lm_eval.api.task import ConfigurableTask
 from transformers import PreTrainedTokenizerBase
 
 from tvmerge.errors import RunError, TaskError
-from tvmerge.evaluators import Progress, QuestionScore
+from tvmerge.evaluators import Progress, QuestionScore, Scored
 from tvmerge.evaluators.choices import NotPlainError, PlainChoices, is_plain_choice
 from tvmerge.evaluators.harness import Answers, HarnessModel
 from tvmerge.evaluators.measure import Measure, choose_measure
@@ -242,8 +242,18 @@ class LmEvalEvaluator:
             for _ in range(instance.repeats)
         ]
 
-    def score(self, model: HarnessModel, progress: Progress) -> list[QuestionScore]:
+    @property
+    def n_scores(self) -> int:
+        """One for each question."""
+        return self.n_questions
+
+    def score(self, model: HarnessModel, progress: Progress, *, name: str = "") -> Scored:
         """Score every question once, in the order of tasks and indices.
+
+        Args:
+            model: to ask.
+            progress: told how many questions are done.
+            name: of the model; nothing but scores is kept here.
 
         Raises:
             RunError: a task's own code failed on an answer.
@@ -257,7 +267,7 @@ class LmEvalEvaluator:
             values = self._values(name, answers[name])
             scores += [QuestionScore(name, question.index, v) for question, v in zip(questions, values, strict=True)]
         self.is_checked = True
-        return scores
+        return Scored(scores)
 
     def _answer(self, model: HarnessModel, progress: Progress) -> dict[str, list[_Answered]]:
         """The model's answers to the requests of each task."""

@@ -1,0 +1,94 @@
+"""What every search needs to know, whatever it scores models on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+from tvmerge.config.merge import MergeConfig, listed
+from tvmerge.errors import ConfigError
+
+__all__ = ["SearchConfig"]
+
+#: Weights are float32 numbers.
+LARGEST_WEIGHT = 3e38
+
+
+@dataclass(kw_only=True)
+class SearchConfig(MergeConfig):
+    """How weights are searched.
+
+    Args:
+        weight_min: least weight searched
+        weight_max: greatest weight searched
+        optuna_sampler: how the search chooses the next weights
+        n_trials: trials in all, those of an earlier run with the same output_dir counted in
+        optuna_seed: seed of the sampler
+        holdout: share of the questions of each kind that the search never sees, to judge the best model on
+        question_seed: seed of the choice of questions
+        system_instruction: text that goes before every prompt, or is the system's message of a chat
+        batch_size: requests of full length that the model answers at a time, of shorter ones more; auto takes many, and
+            halves them until they fit in memory
+        device: where the model runs: auto, cpu, cuda, cuda:1, ...
+        output_dir: folder of this run; the best model is saved in output_dir/best
+    """
+
+    #: Settings that change where or how long a run runs, and no score: a study may be resumed with others.
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"n_trials", "cache_dir", "output_dir", "delta_storage"})
+
+    weight_min: float = 0.0
+    weight_max: float = 2.0
+    optuna_sampler: Literal["TPE", "CMA-ES"] = "TPE"
+    n_trials: int = 100
+    optuna_seed: int = 42
+    holdout: float = 0.3
+    question_seed: int = 0
+    system_instruction: str | None = None
+    batch_size: int | str = 16
+    device: str = "auto"
+    output_dir: str = "output"
+
+    def check_search(self) -> None:
+        """Check every setting of the search that can be checked without opening anything.
+
+        Raises:
+            ConfigError: the first value that cannot work.
+        """
+        self.check_merge()
+        if not isinstance(self.output_dir, str) or not self.output_dir.strip():
+            raise ConfigError("--output_dir is empty, name a folder")
+        for name in ("weight_min", "weight_max"):
+            if not abs(getattr(self, name)) < LARGEST_WEIGHT:  # also if it is no number
+                raise ConfigError(f"--{name} must be a number that float32 can hold, got {getattr(self, name)}")
+        if self.weight_min >= self.weight_max:
+            raise ConfigError(
+                f"--weight_min must be less than --weight_max, got {self.weight_min} and {self.weight_max}"
+            )
+        if isinstance(self.batch_size, str) and self.batch_size != "auto":
+            raise ConfigError(f"--batch_size must be a whole number or auto, got {self.batch_size!r}")
+        for name, least in (("n_trials", 2), ("optuna_seed", 0), ("question_seed", 0), ("batch_size", 1)):
+            if getattr(self, name) != "auto":
+                self.check_whole(name, least=least)
+        if not 0 <= self.holdout < 1:
+            raise ConfigError(f"--holdout must be a share from 0 to less than 1, got {self.holdout}")
+        try:
+            (self.system_instruction or "").encode()
+        except UnicodeEncodeError:
+            raise ConfigError("--system_instruction is not text in the encoding of this terminal") from None
+
+    def check_whole(self, name: str, *, least: int) -> None:
+        """Refuse a whole number that is too small or too large.
+
+        Raises:
+            ConfigError: with the setting's name.
+        """
+        value = getattr(self, name)
+        if value < least:
+            raise ConfigError(f"--{name} must be at least {least}, got {value}")
+        if value >= 1 << 63:
+            raise ConfigError(f"--{name} must be less than 2^63, got {value}")
+
+    def identity(self) -> dict[str, Any]:
+        """Every setting that a score depends on, in one spelling."""
+        same = {key: value for key, value in asdict(self).items() if key not in self.NOT_IDENTITY}
+        return {**same, "weight_groups": listed(self.weight_groups), "freeze": listed(self.freeze)}

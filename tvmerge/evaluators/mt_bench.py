@@ -1,0 +1,209 @@
+"""Conversations with the live model, rated by a judge, in the manner of MT-Bench."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from tvmerge.errors import RunError
+from tvmerge.evaluators import Progress, QuestionScore, Scored
+from tvmerge.evaluators.bench import Bench
+from tvmerge.evaluators.fastchat import FastChatFiles, Rated, Talk
+from tvmerge.judges import Case, Judge, Judgment
+from tvmerge.models.chat import ChatAnswer, ChatModel, ChatRequest
+
+__all__ = ["Asking", "MtBenchEvaluator"]
+
+#: Category → temperature, as in FastChat; any other is written at 0.7.
+TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+    "arena-hard-200": 0.0,
+}
+OTHER_TEMPERATURE = 0.7
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are put."""
+
+    num_choices: int = 1  # answers to each question
+    temperature: float | None = None  # of all answers; None: by category
+    system: str | None = None  # message of the system
+    seed: int = 0  # of the draws of sampled answers
+
+
+@dataclass
+class _Talk:
+    """A talk under way."""
+
+    index: int
+    choice: int
+    answers: list[str] = field(default_factory=list)
+    failure: str | None = None  # why there is no further answer
+
+
+class MtBenchEvaluator:
+    """Has conversations with a model and lets a judge rate each of its turns, while others are still being had.
+
+    Args:
+        bench: the questions.
+        questions: indices of those that are asked, sorted, never empty.
+        judge: rates answers.
+        asking: how they are put.
+        max_unscored: the greatest share of turns without a rating with which a model still has a score.
+        files: where answers and judgments are kept; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        *,
+        bench: Bench,
+        questions: Sequence[int],
+        judge: Judge,
+        asking: Asking | None = None,
+        max_unscored: float = 0.1,
+        files: FastChatFiles | None = None,
+    ) -> None:
+        self._bench = bench
+        self._indices = list(questions)
+        self._judge = judge
+        self._asking = asking or Asking()
+        self._max_unscored = max_unscored
+        self._files = files
+
+    @property
+    def n_questions(self) -> int:
+        """How many questions a model is asked."""
+        return len(self._indices)
+
+    @property
+    def n_scores(self) -> int:
+        """One for each turn of each choice."""
+        return sum(len(self._bench.questions[i].turns) for i in self._indices) * self._asking.num_choices
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the questions, their references and how answers are drawn."""
+        asking = self._asking
+        digest = hashlib.sha256(json.dumps([asking.num_choices, asking.system, asking.seed]).encode())
+        for index in self._indices:
+            question = self._bench.questions[index]
+            asked = [question.question_id, question.category, question.turns, question.references]
+            digest.update(json.dumps([index, *asked, self._temperature(index)]).encode())
+        return digest.hexdigest()[:16]
+
+    def _temperature(self, index: int) -> float:
+        question = self._bench.questions[index]
+        if self._asking.temperature is not None:
+            return self._asking.temperature
+        if question.temperature is not None:
+            return question.temperature
+        return TEMPERATURES.get(question.category, OTHER_TEMPERATURE)
+
+    def score(self, model: ChatModel, progress: Progress, *, name: str) -> Scored:
+        """Have all conversations, turn by turn, and wait for the ratings.
+
+        Args:
+            model: to talk with.
+            progress: told how many turns are rated.
+            name: of the model, in the files of answers and judgments.
+
+        Raises:
+            RunError: too many turns have no rating.
+            StopError: the judge cannot be asked any more.
+        """
+        talks = [_Talk(i, choice) for i in self._indices for choice in range(self._asking.num_choices)]
+        waiting: dict[tuple[int, int, int], Future[Judgment]] = {}
+        tokens = 0
+        for turn in range(max(len(self._bench.questions[i].turns) for i in self._indices)):
+            going = [t for t in talks if len(t.answers) == turn < len(self._bench.questions[t.index].turns)]
+
+            def take(which: int, answer: ChatAnswer, going: Sequence[_Talk] = going) -> None:
+                talk = going[which]
+                if answer.text is None:
+                    talk.failure = answer.reason
+                    progress(len(self._bench.questions[talk.index].turns) - len(talk.answers))
+                    return
+                talk.answers.append(answer.text)
+                future = self._judge.submit(self._case(talk))
+                future.add_done_callback(lambda _: progress(1))
+                waiting[talk.index, talk.choice, len(talk.answers)] = future
+                if future.done():
+                    future.result()  # raises if the judge has gone: no further answer is worth its time
+
+            answers = model.answer([self._request(talk) for talk in going], take)
+            tokens += sum(answer.n_tokens for answer in answers)
+        self._judge.finish()
+        done = [Talk(t.index, self._bench.questions[t.index], t.choice, tuple(t.answers)) for t in talks]
+        failures = [talk.failure for talk in talks]
+        rated = list(self._rated(done, failures, {key: future.result() for key, future in waiting.items()}))
+        facts = self._facts(rated) | {"generated_tokens": tokens}
+        self._check(rated)
+        if self._files is not None:
+            self._files.write(name, done, rated)
+        return Scored([self._score(each) for each in rated], facts)
+
+    def _request(self, talk: _Talk) -> ChatRequest:
+        """The next turn of a talk."""
+        question = self._bench.questions[talk.index]
+        messages = [] if self._asking.system is None else [{"role": "system", "content": self._asking.system}]
+        for number, answer in enumerate(talk.answers):
+            messages.append({"role": "user", "content": question.turns[number]})
+            messages.append({"role": "assistant", "content": answer})
+        turn = len(talk.answers)
+        messages.append({"role": "user", "content": question.turns[turn]})
+        drawn = [self._asking.seed, question.question_id, turn, talk.choice]
+        seed = int.from_bytes(hashlib.sha256(json.dumps(drawn).encode()).digest()[:8], "big")
+        return ChatRequest(messages=messages, temperature=self._temperature(talk.index), seed=seed)
+
+    def _case(self, talk: _Talk) -> Case:
+        question, n = self._bench.questions[talk.index], len(talk.answers)
+        references = None if question.references is None else question.references[:n]
+        return Case(questions=question.turns[:n], answers=tuple(talk.answers), references=references)
+
+    def _rated(
+        self,
+        talks: Sequence[Talk],
+        failures: Sequence[str | None],
+        judgments: Mapping[tuple[int, int, int], Judgment],
+    ) -> Sequence[Rated]:
+        """Every turn of every talk; one without an answer is unscored, and never judged."""
+        rated = []
+        for talk, failure in zip(talks, failures, strict=True):
+            nothing = Judgment(rating=None, reason=f"no answer: {failure}")
+            for turn in range(1, len(talk.question.turns) + 1):
+                rated.append(Rated(talk, turn, judgments.get((talk.index, talk.choice, turn), nothing)))
+        return rated
+
+    def _score(self, rated: Rated) -> QuestionScore:
+        talk = rated.talk
+        rating = rated.judgment.rating
+        return QuestionScore(self._bench.name, talk.index, rating, turn=rated.turn, choice=talk.choice)
+
+    def _facts(self, rated: Sequence[Rated]) -> dict[str, Any]:
+        reasons = Counter(each.judgment.reason for each in rated if each.judgment.rating is None)
+        spreads = [each.judgment.spread for each in rated if len(each.judgment.ratings) > 1]
+        facts: dict[str, Any] = {"unscored": sum(reasons.values()) / len(rated)}
+        facts |= {"unscored_reasons": dict(reasons.most_common(3))} if reasons else {}
+        return facts | ({"judge_spread": sum(spreads) / len(spreads)} if spreads else {})
+
+    def _check(self, rated: Sequence[Rated]) -> None:
+        reasons = Counter(each.judgment.reason for each in rated if each.judgment.rating is None)
+        n = sum(reasons.values())
+        if n > self._max_unscored * len(rated):
+            raise RunError(
+                f"{n} of {len(rated)} turns have no rating, more than --max_unscored {self._max_unscored:g} allows; "
+                f"most often: {reasons.most_common(1)[0][0]}"
+            )

@@ -1,0 +1,253 @@
+"""The questions of a run that a judge rates: a bench, its judge, and which of its questions are asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tvmerge.config import MtBenchConfig
+from tvmerge.errors import ConfigError, TaskError
+from tvmerge.evaluators import Goals, TaskGoal
+from tvmerge.evaluators.bench import Bench, load_bench
+from tvmerge.evaluators.fastchat import FastChatFiles
+from tvmerge.evaluators.mt_bench import Asking, MtBenchEvaluator
+from tvmerge.evaluators.split import split_questions
+from tvmerge.files import local_path
+from tvmerge.judges import Judge
+from tvmerge.judges.prompts import MAX_TURNS, JudgePrompts, load_judge_prompts
+from tvmerge.models.chat import ChatModel
+from tvmerge.models.chat_template import ChatTemplate, open_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from tvmerge.models.transformers import TransformersModel
+
+__all__ = ["JudgedBench", "JudgedQuestions", "find_bench", "find_prompts", "judged_questions", "open_judged", "trial_name"]
+
+#: How the answers of a trial are called in FastChat's files. Its show_result takes names of digits alone for numbers.
+TRIAL_NAME = re.compile(r"trial-(\d+)(-heldout)?")
+
+
+def trial_name(number: int) -> str:
+    """What a trial's model is called in FastChat's files."""
+    return f"trial-{number:04d}"
+
+
+@dataclass(frozen=True)
+class JudgedQuestions:
+    """The questions of a bench, ready to be asked."""
+
+    config: MtBenchConfig
+    search: MtBenchEvaluator
+    heldout: MtBenchEvaluator | None  # None: none is held out
+    goals: Goals
+    scoring: Mapping[str, str]  # the bench → what its scores mean
+    notes: Sequence[str]  # what the user should know of them
+    categories: Mapping[str, Sequence[str]]  # the bench → the category of each question
+    template: ChatTemplate
+    files: FastChatFiles
+    meter: Meter | None  # None: asking is free
+
+    def open_model(self, model: TransformersModel, *, tokens: int | None) -> ChatModel:
+        """Make a live model ready to talk."""
+        return ChatModel(
+            model,
+            template=self.template,
+            max_new_tokens=self.config.max_new_token,
+            batch_size=self.config.batch_size,
+            tokens=tokens,
+        )
+
+    def resume(self, finished: Collection[int]) -> None:
+        """Drop what a kill left of the answers and judgments of other trials than these."""
+
+        def is_finished(model: str) -> bool:
+            trial = TRIAL_NAME.fullmatch(model)
+            return trial is None or int(trial[1]) in finished
+
+        self.files.keep(is_finished)
+
+    def cost(self) -> str:
+        """What the judge cost so far."""
+        return "" if self.meter is None else self.meter.shown
+
+
+@dataclass(frozen=True)
+class JudgedBench:
+    """A bench and its judge, which no model was needed for."""
+
+    config: MtBenchConfig
+    output: Path
+    bench: Bench
+    judge: Judge
+    meter: Meter | None
+    notes: Sequence[str]
+
+    def ask(self, tokenizer: PreTrainedTokenizerBase) -> JudgedQuestions:
+        """Choose the questions, and how they are put.
+
+        Args:
+            tokenizer: of the target model, whose template makes chats.
+
+        Raises:
+            ConfigError: there is no such chat template.
+            TaskError: too few questions.
+        """
+        config, bench = self.config, self.bench
+        template = open_template(config.chat_template, tokenizer)
+        files = FastChatFiles(self.output, judge=self.judge.name)
+        searched, heldout = split_bench(config, bench, judge=self.judge.name)
+
+        def evaluator(questions: Sequence[int]) -> MtBenchEvaluator:
+            return MtBenchEvaluator(
+                bench=bench,
+                questions=questions,
+                judge=self.judge,
+                asking=Asking(
+                    num_choices=config.num_choices,
+                    temperature=config.temperature,
+                    system=config.system_instruction or None,
+                    seed=config.question_seed,
+                ),
+                max_unscored=config.max_unscored,
+                files=files,
+            )
+
+        return JudgedQuestions(
+            config=config,
+            search=evaluator(searched),
+            heldout=evaluator(heldout) if config.holdout else None,
+            goals={bench.name: TaskGoal(metric="rating")},
+            scoring={bench.name: json.dumps([self.judge.identity, template.digest], ensure_ascii=False)},
+            notes=[*self.notes, *self._notes(template, n_search=len(searched))],
+            categories={bench.name: [question.category for question in bench.questions]},
+            template=template,
+            files=files,
+            meter=self.meter,
+        )
+
+    def _notes(self, template: ChatTemplate, *, n_search: int) -> list[str]:
+        config = self.config
+        notes = list(self.bench.notes)
+        if config.question_limit is not None and config.question_limit > n_search:
+            notes.append(
+                f"bench {self.bench.name}: the limit of {config.question_limit} is more than the {n_search} questions "
+                "left to search on"
+            )
+        if config.system_instruction and not template.takes_system:
+            notes.append("the chat template takes no system message: --system_instruction is left out")
+        unused = len(self.bench.questions) - len(_answerable(self.bench, self.judge.name))
+        if unused:
+            notes.append(f"bench {self.bench.name}: {unused} of its questions have no reference answer: not asked")
+        return notes
+
+
+@contextmanager
+def open_judged(config: MtBenchConfig, output: Path) -> Iterator[JudgedBench]:
+    """Read the questions and open the judge; a judge that cannot be asked is found here.
+
+    Args:
+        config: of the run.
+        output: folder of the run.
+
+    Raises:
+        ConfigError: the judge cannot be asked: a missing key, an unknown model, an address where nobody answers.
+        TaskError: a bench that is not there or broken.
+    """
+    bench = find_bench(config)
+    split_bench(config, bench, judge=config.judge_model_name)
+    with open_judge(config, output, bench) as (judge, meter, notes):
+        yield JudgedBench(config, output, bench, judge, meter, notes)
+
+
+def find_bench(config: MtBenchConfig) -> Bench:
+    """Read the questions that a configuration names.
+
+    Raises:
+        TaskError: they are not there, or broken.
+    """
+    name = config.bench_name
+    if config.bench_dir is not None:
+        folder = local_path(config.bench_dir, flag="--bench_dir")
+        if name is not None and (folder / name / "question.jsonl").is_file():
+            folder /= name
+        if not (folder / "question.jsonl").is_file():
+            named = "" if name is None else f", nor is {folder / name / 'question.jsonl'}"
+            raise TaskError(f"--bench_dir {folder}: question.jsonl is not there{named}")
+        return load_bench(folder, name=name or folder.resolve().name, judge=config.judge_model_name)
+    assert name is not None, "the configuration has one of the two"
+    folders = list(dict.fromkeys(path.resolve() for path in (Path("benchmarks"), *_with_the_code("benchmarks"))))
+    for folder in folders:
+        if (folder / name / "question.jsonl").is_file():
+            return load_bench(folder / name, name=name, judge=config.judge_model_name)
+    known = sorted({path.parent.name for folder in folders for path in folder.glob("*/question.jsonl")})
+    raise TaskError(
+        f"--bench_name {name}: is not in {' or '.join(map(str, folders))}; there are {', '.join(known) or 'none'}; "
+        "--bench_dir takes any folder"
+    )
+
+
+def find_prompts(config: MtBenchConfig, bench: Bench) -> tuple[JudgePrompts, str]:
+    """Read the judge prompts that a configuration names, and say which they are.
+
+    Raises:
+        ConfigError: they are not there, or broken.
+    """
+    named = config.judge_file
+    if named is None:
+        turns = "".join(turn for question in bench.questions for turn in question.turns)
+        named = "ja" if re.search("[ぁ-ヿ]", turns) else "en"
+    if named in ("en", "ja"):
+        path = next(path for path in _with_the_code("judge_prompts") if path.is_dir()) / f"{named}.jsonl"
+    else:
+        path = local_path(named, flag="--judge_file")
+    return load_judge_prompts(path), f"judge prompts: {path.name}"
+
+
+def _with_the_code(name: str) -> list[Path]:
+    """Where a folder of ours is: beside the code in a clone, else in it."""
+    package = Path(__file__).parent
+    return [root / name for root in (package.parent, package)]
+
+
+def _answerable(bench: Bench, judge: str) -> list[int]:
+    """The questions that a judge can rate the answers to."""
+    if judge != RougeL.name:
+        for question in bench.questions:
+            if len(question.turns) > MAX_TURNS:
+                raise TaskError(
+                    f"bench {bench.name}, question {question.question_id!r}: has {len(question.turns)} turns, and judge "
+                    f"prompts show {MAX_TURNS}"
+                )
+        return list(range(len(bench.questions)))
+    return [index for index, question in enumerate(bench.questions) if question.references is not None]
+
+
+def split_bench(config: MtBenchConfig, bench: Bench, *, judge: str) -> tuple[list[int], list[int]]:
+    """Which questions the search sees, and which are held out; the shares of categories are kept.
+
+    Raises:
+        TaskError: too few of them, or one that the judge cannot rate.
+    """
+    usable = _answerable(bench, judge)
+    if not usable:
+        raise TaskError(
+            f"bench {bench.name}: no question has a reference answer to each turn, which the judge {judge} compares "
+            "with: add them, or name another --judge_model_name"
+        )
+    split = split_questions(
+        name=bench.name,
+        n_questions=len(usable),
+        holdout=config.holdout,
+        limit=config.question_limit,
+        seed=config.question_seed,
+        labels=[bench.questions[index].category for index in usable],
+    )
+    return [usable[i] for i in split.search], [usable[i] for i in split.heldout]
