@@ -20,7 +20,7 @@ from dataclasses import fields
 from jsonargparse import ArgumentParser
 
 from tvmerge import __version__
-from tvmerge.config import LIST_SETTINGS, SWITCHES, ApplyConfig, JglueConfig, PlanConfig
+from tvmerge.config import ALIASES, LIST_SETTINGS, SWITCHES, ApplyConfig, JglueConfig, MtBenchConfig, PlanConfig
 from tvmerge.errors import InputError, TaskError, TvmergeError
 
 __all__ = ["main"]
@@ -32,6 +32,13 @@ def _run_jglue(config: JglueConfig) -> None:
     from tvmerge.run import jglue
 
     jglue(config)
+
+
+def _run_mt_bench(config: MtBenchConfig) -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from tvmerge.run import mt_bench
+
+    mt_bench(config)
 
 
 def _run_plan(config: PlanConfig) -> None:
@@ -56,12 +63,13 @@ def _run_apply(config: ApplyConfig) -> None:
 #: Command → its configuration and what runs it. Heavy modules are imported when a command runs, not before.
 COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "jglue": (JglueConfig, _run_jglue),
+    "mt_bench": (MtBenchConfig, _run_mt_bench),
     "plan": (PlanConfig, _run_plan),
     "apply": (ApplyConfig, _run_apply),
 }
 
 #: What to say when a command is interrupted.
-GOES_ON = {"tvmerge jglue": "the same command goes on where it stopped"}
+GOES_ON = dict.fromkeys(("tvmerge jglue", "tvmerge mt_bench"), "the same command goes on where it stopped")
 #: Settings that are given without a flag.
 POSITIONAL = {"recipe": "a recipe.yaml that a run has written"}
 
@@ -128,8 +136,8 @@ def _in_order(arguments: Sequence[str]) -> list[str]:
     """Rearrange a command line so that jsonargparse reads it as people mean it.
 
     `--config FILE` goes right behind the command, so that flags win over the file whatever their order. The values of
-    a setting that takes several, `--tuned_model a b` or the flag repeated, become one list, and a switch that stands
-    alone is on.
+    a setting that takes several, `--tuned_model a b` or the flag repeated, become one list, a switch that stands alone
+    is on, and flags of other names are known by them.
     """
     rest: list[str] = []
     files: list[str] = []
@@ -138,6 +146,9 @@ def _in_order(arguments: Sequence[str]) -> list[str]:
     while waiting:
         argument = waiting.popleft()
         flag, separator, value = argument.partition("=")
+        if flag in ALIASES:
+            flag = ALIASES[flag]
+            argument = f"{flag}{separator}{value}"
         if flag == "--config":
             files += [argument] if separator else [argument, *([waiting.popleft()] if waiting else [])]
         elif flag.removeprefix("--") in LIST_SETTINGS and flag.startswith("--"):

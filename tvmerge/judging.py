@@ -7,12 +7,12 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tvmerge.config import MtBenchConfig
-from tvmerge.errors import ConfigError, TaskError
+from tvmerge.errors import TaskError
 from tvmerge.evaluators import Goals, TaskGoal
 from tvmerge.evaluators.bench import Bench, load_bench
 from tvmerge.evaluators.fastchat import FastChatFiles
@@ -20,7 +20,14 @@ from tvmerge.evaluators.mt_bench import Asking, MtBenchEvaluator
 from tvmerge.evaluators.split import split_questions
 from tvmerge.files import local_path
 from tvmerge.judges import Judge
+from tvmerge.judges.cache import JudgmentCache
+from tvmerge.judges.meter import LEDGER, Meter, Prices, known_prices
+from tvmerge.judges.prompted import PromptedJudge
 from tvmerge.judges.prompts import MAX_TURNS, JudgePrompts, load_judge_prompts
+from tvmerge.judges.providers import make_client, parse_judge
+from tvmerge.judges.rating import read_rating
+from tvmerge.judges.remote import ClientSettings, RemoteClient
+from tvmerge.judges.rouge_l import RougeL
 from tvmerge.models.chat import ChatModel
 from tvmerge.models.chat_template import ChatTemplate, open_template
 
@@ -165,6 +172,77 @@ def open_judged(config: MtBenchConfig, output: Path) -> Iterator[JudgedBench]:
     split_bench(config, bench, judge=config.judge_model_name)
     with open_judge(config, output, bench) as (judge, meter, notes):
         yield JudgedBench(config, output, bench, judge, meter, notes)
+
+
+@contextmanager
+def open_judge(
+    config: MtBenchConfig, output: Path, bench: Bench
+) -> Iterator[tuple[Judge, Meter | None, Sequence[str]]]:
+    """Open the judge that a configuration names, see that it answers, and close it in the end.
+
+    Returns:
+        The judge, what counts its cost (None: it is free), and what the user should know.
+
+    Raises:
+        ConfigError: it cannot be asked.
+    """
+    if config.judge_model_name == RougeL.name:
+        yield RougeL(), None, []
+        return
+    prompts, which = find_prompts(config, bench)
+    client = _client(config)
+    meter = Meter(
+        output / LEDGER, judge=config.judge_model_name, prices=prices_of(config), max_cost=config.max_judge_cost
+    )
+    cache = JudgmentCache(_cache_file(config))
+    judge = PromptedJudge(
+        client=client,
+        name=config.judge_model_name.partition(":")[2] or config.judge_model_name,
+        identity={"prompts": prompts.identity},
+        render=prompts.render,
+        read_rating=read_rating,
+        meter=meter,
+        cache=cache,
+        parallel=config.parallel,
+        deadline=config.judge_deadline,
+        repeats=config.judge_repeats,
+    )
+    try:
+        judge.check()
+        yield judge, meter, [which, *client.notes]
+    finally:
+        judge.close()
+        cache.close()
+
+
+def _client(config: MtBenchConfig) -> RemoteClient:
+    provider, model = parse_judge(config.judge_model_name)
+    return make_client(
+        provider,
+        ClientSettings(
+            model=model,
+            base_url=config.judge_base_url,
+            timeout=config.judge_timeout,
+            max_retries=config.judge_retries,
+            max_tokens=config.judge_max_tokens,
+            temperature=config.judge_temperature,
+        ),
+    )
+
+
+def prices_of(config: MtBenchConfig) -> Prices | None:
+    """What the judge's tokens cost: as the user says, or what is known of the model; None: unknown."""
+    if config.judge_price_in is not None and config.judge_price_out is not None:
+        return Prices(config.judge_price_in, config.judge_price_out)
+    # At another address it is another one's price.
+    return None if config.judge_base_url else known_prices(parse_judge(config.judge_model_name)[1])
+
+
+def _cache_file(config: MtBenchConfig) -> Path:
+    """Where judgments are kept, for all runs."""
+    if config.cache_dir is not None:
+        return local_path(config.cache_dir, flag="--cache_dir") / "tvmerge" / "judgments.db"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tvmerge" / "judgments.db"
 
 
 def find_bench(config: MtBenchConfig) -> Bench:

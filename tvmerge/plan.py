@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
@@ -20,16 +21,20 @@ from tvmerge.merge import Merge
 from tvmerge.sources import Sources, open_sources
 from tvmerge.state_dict import TensorSpec
 
+if TYPE_CHECKING:
+    from tvmerge.evaluators.bench import BenchQuestion
+
 __all__ = ["plan"]
 
 
 def plan(config: PlanConfig) -> None:
-    """Print what a merge would need: sizes, checks, number of weights, memory, disk, bytes per trial.
+    """Print what a merge would need: sizes, checks, number of weights, memory, disk, bytes per trial, the judge's cost.
 
     Raises:
         InputError: the merge cannot work; what is known of it was printed.
     """
     output = local_path(config.output_dir, flag="--output_dir")
+    judged = None if config.bench_name is None and config.bench_dir is None else _judge_rows(config)
     opened: list[tuple[str, Header, int]] = []
 
     def open_model(name: str) -> Header:
@@ -53,6 +58,9 @@ def plan(config: PlanConfig) -> None:
     print()
     rows, problems = _needs(config, sources, merge, omit, missing=sum(m for _, _, m in opened), output=output)
     print(_table([("what", "figure"), *rows]))
+    if judged is not None:
+        print()
+        print(_table([("what", "figure"), *judged]))
     if problems:
         raise IncompatibleError("; ".join(problems))
 
@@ -169,6 +177,64 @@ def _needs(
     if in_memory > memory:
         problems.append(f"{_size(in_memory)} of memory are needed, and this machine has {_size(memory)}")
     return rows, problems
+
+
+def _judge_rows(config: PlanConfig) -> list[tuple[str, str]]:
+    """What the judge of a search would read, write and cost.
+
+    Raises:
+        TaskError: the questions are not there, or broken.
+        ConfigError: the judge prompts are.
+    """
+    # Takes a second and a half: not before it is needed.
+    from tvmerge.judges.estimate import ANSWER_TOKENS, JUDGE_TOKENS, Estimate, estimate
+    from tvmerge.judging import find_bench, find_prompts, prices_of, split_bench
+
+    bench = find_bench(config)
+    splits = split_bench(config, bench, judge=config.judge_model_name)
+    search, heldout = ([bench.questions[index] for index in split] for split in splits)
+    # The target, each tuned model, weight 1, the best uniform weight and the best.
+    models = len(config.tuned_models) + 4
+    rows = [
+        ("questions", f"{len(search)} in a trial, {len(heldout)} held out"),
+        ("turns judged", f"{_turns(search)} in a trial, {_turns(heldout)} held out, {config.num_choices} of each"),
+        ("judge", config.judge_model_name),
+    ]
+    if config.judge_model_name == "rouge_l":
+        return [*rows, ("judge cost", "nothing")]
+    prompts, which = find_prompts(config, bench)
+
+    def both(answer_tokens: int, judge_tokens: int) -> Estimate:
+        parts = [(search, config.n_trials), (heldout or search, models if heldout else len(config.tuned_models))]
+        total = Estimate(0, 0, 0)
+        for questions, times in parts:
+            cases = [case for question in questions for case in question.empty_cases()]
+            once = estimate(cases, prompts, answer_tokens=answer_tokens, judge_tokens=judge_tokens)
+            total += once * (times * config.num_choices * config.judge_repeats)
+        return total
+
+    usual = both(min(ANSWER_TOKENS, config.max_new_token), min(JUDGE_TOKENS, config.judge_max_tokens))
+    full = both(config.max_new_token, config.judge_max_tokens)
+    rows += [
+        ("judge prompts", which),
+        ("judgments", f"{usual.judgments:,} in {config.n_trials} trials and on held-out questions"),
+        ("judge reads", f"about {_tokens(usual.tokens_in)}, {_tokens(full.tokens_in)} if all answers have full length"),
+        ("judge writes", f"about {_tokens(usual.tokens_out)}, {_tokens(full.tokens_out)} at most"),
+    ]
+    prices = prices_of(config)
+    if prices is None:
+        return [*rows, ("judge cost", "unknown: give --judge_price_in and --judge_price_out, or it costs nothing")]
+    costs = [prices.cost(each.tokens_in, each.tokens_out) for each in (usual, full)]
+    limit = "" if config.max_judge_cost is None else f"; the run stops before ${config.max_judge_cost:.2f}"
+    return [*rows, ("judge cost", f"about ${costs[0]:.2f}, ${costs[1]:.2f} if all is of full length{limit}")]
+
+
+def _turns(questions: Sequence[BenchQuestion]) -> int:
+    return sum(len(question.turns) for question in questions)
+
+
+def _tokens(n: int) -> str:
+    return f"{n / 1e6:.1f} M tokens" if n >= 1e6 else f"{n / 1e3:.0f} k tokens" if n >= 1e4 else f"{n} tokens"
 
 
 def _free(folder: Path) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tvmerge.errors import TaskError
+from tvmerge.judges import Case
 
 __all__ = ["Bench", "BenchQuestion", "load_bench"]
 
@@ -26,6 +27,16 @@ class BenchQuestion:
     turns: tuple[str, ...]
     references: tuple[str, ...] | None = None  # a good answer to each turn
     temperature: float | None = None  # that the question asks for itself
+
+    def case(self, answers: Sequence[str]) -> Case:
+        """The last of some answers, to be judged."""
+        n = len(answers)
+        references = None if self.references is None else self.references[:n]
+        return Case(questions=self.turns[:n], answers=tuple(answers), references=references)
+
+    def empty_cases(self) -> list[Case]:
+        """Each turn with empty answers."""
+        return [self.case([""] * n) for n in range(1, len(self.turns) + 1)]
 
 
 @dataclass(frozen=True)

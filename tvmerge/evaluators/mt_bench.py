@@ -14,7 +14,7 @@ from tvmerge.errors import RunError
 from tvmerge.evaluators import Progress, QuestionScore, Scored
 from tvmerge.evaluators.bench import Bench
 from tvmerge.evaluators.fastchat import FastChatFiles, Rated, Talk
-from tvmerge.judges import Case, Judge, Judgment
+from tvmerge.judges import Judge, Judgment
 from tvmerge.models.chat import ChatAnswer, ChatModel, ChatRequest
 
 __all__ = ["Asking", "MtBenchEvaluator"]
@@ -137,7 +137,7 @@ class MtBenchEvaluator:
                     progress(len(self._bench.questions[talk.index].turns) - len(talk.answers))
                     return
                 talk.answers.append(answer.text)
-                future = self._judge.submit(self._case(talk))
+                future = self._judge.submit(self._bench.questions[talk.index].case(talk.answers))
                 future.add_done_callback(lambda _: progress(1))
                 waiting[talk.index, talk.choice, len(talk.answers)] = future
                 if future.done():
@@ -167,11 +167,6 @@ class MtBenchEvaluator:
         drawn = [self._asking.seed, question.question_id, turn, talk.choice]
         seed = int.from_bytes(hashlib.sha256(json.dumps(drawn).encode()).digest()[:8], "big")
         return ChatRequest(messages=messages, temperature=self._temperature(talk.index), seed=seed)
-
-    def _case(self, talk: _Talk) -> Case:
-        question, n = self._bench.questions[talk.index], len(talk.answers)
-        references = None if question.references is None else question.references[:n]
-        return Case(questions=question.turns[:n], answers=tuple(talk.answers), references=references)
 
     def _rated(
         self,
