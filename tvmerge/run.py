@@ -14,7 +14,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from tvmerge.checkpoint import Checkpoint, Header
-from tvmerge.bench import open_judged, trial_name
+from tvmerge.judging import open_judged, trial_name
 from tvmerge.config import JglueConfig, MtBenchConfig, SearchConfig
 from tvmerge.errors import CheckpointError, ConfigError, RecipeError, RunError
 from tvmerge.evaluators import (

@@ -141,8 +141,8 @@ def _with_references(question: BenchQuestion, texts: list[str] | None) -> BenchQ
 def _reference_file(folder: Path, judge: str, notes: list[str]) -> Path | None:
     files = sorted(folder.glob("*.jsonl"))
     named = [path for path in files if path.stem == judge.replace("/", "_")]
-    if named or len(files) <= 1:
-        return (named or files or [None])[0]
+    if named or len(files) < 2:
+        return next(iter(named or files), None)
     notes.append(
         f"of {len(files)} files in {folder} none is {judge}.jsonl: the first one, {files[0].name}, holds the references"
     )

@@ -64,8 +64,8 @@ def defused(answer: str, *, delimiters: Iterable[str] = ()) -> str:
             at = match.start() + 1
             text = f"{text[:at]} {text[at:]}"
     for delimiter in delimiters:
-        words = delimiter.strip("[]<>|# \t")
-        text = re.sub(_as_written(delimiter), lambda _, words=words: f"({words})", text, flags=re.IGNORECASE)
+        words = delimiter.strip("[]<>|# \t").replace("\\", r"\\")
+        text = re.sub(_as_written(delimiter), f"({words})", text, flags=re.IGNORECASE)
     return text
 
 

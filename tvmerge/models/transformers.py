@@ -87,9 +87,14 @@ class TransformersModel:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, checkpoint: StateDict) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self._live = find_live_tensors(model, checkpoint)
+        self._checkpoint = checkpoint
         self._loaded: dict[str, Hashable] = {}
-        device = model.device
+        self._find_live()
+
+    def _find_live(self) -> None:
+        """Find the tensors that are to be filled, where they are now."""
+        self._live = find_live_tensors(self.model, self._checkpoint)
+        device = self.model.device
         self._write = None if device.type == "cpu" else DeviceWriter(device).write
 
     @classmethod
@@ -123,6 +128,21 @@ class TransformersModel:
         """
         with torch.no_grad():
             self._live.fill(state_dict, self._loaded, write=self._write)
+
+    def move(self, device: str) -> None:
+        """Put the model on another device, as it is.
+
+        Args:
+            device: as torch spells it.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit; parts of it are there.
+        """
+        if self.model.device != torch.device(device):
+            self.model.to(torch.device(device))
+            self._find_live()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def forget(self) -> None:
         """Fill everything at the next `load`: somebody else has written into the model."""
