@@ -113,6 +113,7 @@ class Generator:
         *,
         budget: TokenBudget,
         done: Callable[[int, Answer], None],
+        max_rows: int | None = None,
     ) -> None:
         """Answer all requests, each as it would be answered alone.
 
@@ -121,12 +122,13 @@ class Generator:
             requests: in any order and of any lengths.
             budget: tokens that it takes at a time, prompts and answers.
             done: called with the index of a request and its answer as soon as it is there.
+            max_rows: requests that it takes at a time, if the budget does not allow fewer.
 
         Raises:
             torch.OutOfMemoryError: one request alone does not fit.
         """
         with torch.no_grad(), _decoding(model):
-            _Run(self, model, requests, budget, done).run(alone=self._alone)
+            _Run(self, model, requests, budget, done, max_rows or len(requests)).run(alone=self._alone)
 
     def is_end(self, request: GenerationRequest, ids: Sequence[int], ends: Container[int]) -> bool:
         """Whether an answer that went on so far ends with its last token."""
@@ -151,9 +153,10 @@ class _Run:
         requests: Sequence[GenerationRequest],
         budget: TokenBudget,
         done: Callable[[int, Answer], None],
+        max_rows: int,
     ) -> None:
         self._generator, self._model, self._requests = generator, model, requests
-        self._budget, self._done = budget, done
+        self._budget, self._done, self._max_rows = budget, done, max_rows
         self._ends = generator.ends(model)
         self._lengths = [len(request.prompt) + request.max_new_tokens for request in requests]
         self._waiting: deque[int] = deque()
@@ -184,7 +187,7 @@ class _Run:
         if not self._waiting or (self._rows is not None and not self._rows.joins):
             return
         longest = max(self._lengths[index] for index in (*self._at, self._waiting[0]))
-        size = max(1, self._budget.tokens // longest)
+        size = min(self._max_rows, max(1, self._budget.tokens // longest))
         n = min(size - len(self._at), len(self._waiting))
         # A prompt costs a pass of its own, and to join the batch a copy of its cache.
         if n < 1 or (self._at and n < min(_DONE_SHARE * size, len(self._waiting))):

@@ -19,7 +19,8 @@ class Sampling:
     temperature: float  # the logits are divided by it; greater than 0, and the model's own setting does not count
     seed: int  # of the request: two requests of one seed draw with the same numbers
 
-    def __post_init__(self) -> None:  # noqa: D105
+    def __post_init__(self) -> None:
+        """Refuse what nothing can be divided by."""
         if not self.temperature > 0:
             raise ValueError(f"temperature must be greater than 0, got {self.temperature}; None samples nothing")
 
