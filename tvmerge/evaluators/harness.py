@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from tvmerge.errors import TaskError
 from tvmerge.evaluators.tasks import one_line
-from tvmerge.models.batching import TokenBudget
+from tvmerge.models.batching import START_TOKENS, TokenBudget
 from tvmerge.models.generation import GenerationRequest, PreparedGeneration, can_generate_here
 from tvmerge.models.likelihood import PackedLikelihoods, longest_row, shares_prefixes
 from tvmerge.models.transformers import TransformersModel
@@ -30,8 +30,6 @@ Done = Callable[[Sequence[int]], None]
 #: Answers the requests that it was prepared for, with the weights that the model has now.
 Answers = Callable[[Done], list[Any]]
 
-#: Tokens of a batch, if nobody says how many requests: on a GPU halved until they fit, on a CPU more gain nothing.
-START_TOKENS = {"cuda": 65536, "cpu": 8192}
 #: Settings of a generation that say no more than that it is greedy.
 GREEDY = {"do_sample": (False,), "temperature": (0.0,)}
 

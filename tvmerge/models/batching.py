@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["TokenBudget", "run_in_batches"]
+__all__ = ["START_TOKENS", "TokenBudget", "run_in_batches"]
+
+#: Tokens of a batch, if nobody says how many requests: on a GPU halved until they fit, on a CPU more gain nothing.
+START_TOKENS = {"cuda": 65536, "cpu": 8192}
 
 
 @dataclass

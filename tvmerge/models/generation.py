@@ -1,30 +1,41 @@
-"""Greedy answers of a live model, in batches that cost little more than its forward passes.
+"""Answers of a live model, in batches that cost little more than its forward passes.
 
-The same tokens as `model.generate(do_sample=False)` gives. What does not depend on the weights is prepared once, and a
-row that is done leaves its batch.
+Greedy ones are the tokens that `model.generate(do_sample=False)` gives; drawn ones depend on their own seed only. A row
+that is done leaves its batch, and a request that waits takes its place.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tvmerge.models.batching import TokenBudget, run_in_batches
+from tvmerge.models.batching import TokenBudget
+from tvmerge.models.rows import NO_TOKEN, Rows
+from tvmerge.models.sampling import Sampling
 from tvmerge.models.stop_strings import StopStrings, answer_text
 
-__all__ = ["GenerationRequest", "PreparedGeneration", "can_generate_here"]
+__all__ = [
+    "DOES_NOT_FIT",
+    "NOT_FINITE",
+    "Answer",
+    "GenerationRequest",
+    "Generator",
+    "PreparedGeneration",
+    "can_generate_here",
+]
 
 #: Rows leave a batch once this share of it is done: taking them out copies the cache, about as much as a step does.
 _DONE_SHARE = 0.25
-#: Stands for a token where the greatest logit is no finite number.
-_NO_TOKEN = -1
+
+#: Why a request has no answer.
+NOT_FINITE = "the model gives no finite numbers"
+DOES_NOT_FIT = "does not fit in memory"
 
 #: Settings of a generation that change its tokens → the values with which they do not. Others matter only to sampling,
 #: to speed or to what is returned; `repetition_penalty` is known here.
@@ -52,6 +63,13 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "suppress_tokens": (None,),
     "watermarking_config": (None,),
 }
+#: The same of drawn tokens; `top_k`, `top_p` and `min_p` are known here, and a request has its own temperature.
+_NEUTRAL_DRAWN: Mapping[str, tuple[Any, ...]] = {
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "top_h": (None,),
+    "typical_p": (None, 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,167 @@ class GenerationRequest:
     prompt: Sequence[int]  # token ids, special tokens included, cut from the left to leave room for the answer
     max_new_tokens: int  # at least 1
     stop: tuple[str, ...]  # the answer ends when its text holds one; lm-eval counts the text of the eos token too
+    stop_ids: frozenset[int] = frozenset()  # tokens that end it, beside the model's and the tokenizer's own
+    sampling: Sampling | None = None  # None: greedy
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model gave to a request."""
+
+    ids: list[int]  # without the prompt, what ended it included
+    reason: str | None = None  # why there is no answer; then there may be ids, and they are none
+
+
+class Generator:
+    """Answers requests in batches whose rows are filled again as they end.
+
+    What it learns about stop strings it remembers: keep it from trial to trial.
+
+    Args:
+        tokenizer: of the models that answer.
+        alone: whether a request that does not fit in memory alone has no answer; else it is raised.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, alone: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._alone = alone
+        self._stops: dict[tuple[str, ...], StopStrings] = {}
+
+    def run(
+        self,
+        model: PreTrainedModel,
+        requests: Sequence[GenerationRequest],
+        *,
+        budget: TokenBudget,
+        done: Callable[[int, Answer], None],
+        max_rows: int | None = None,
+    ) -> None:
+        """Answer all requests, each as it would be answered alone.
+
+        Args:
+            model: in evaluation mode; `can_generate_here` has said yes to it.
+            requests: in any order and of any lengths.
+            budget: tokens that it takes at a time, prompts and answers.
+            done: called with the index of a request and its answer as soon as it is there.
+            max_rows: requests that it takes at a time, if the budget does not allow fewer.
+
+        Raises:
+            torch.OutOfMemoryError: one request alone does not fit.
+        """
+        with torch.no_grad(), _decoding(model):
+            _Run(self, model, requests, budget, done, max_rows or len(requests)).run(alone=self._alone)
+
+    def is_end(self, request: GenerationRequest, ids: Sequence[int], ends: Container[int]) -> bool:
+        """Whether an answer that went on so far ends with its last token."""
+        if ids[-1] in ends or ids[-1] in request.stop_ids or len(ids) >= request.max_new_tokens:
+            return True
+        if request.stop not in self._stops:
+            self._stops[request.stop] = StopStrings(self._tokenizer, request.stop)
+        return self._stops[request.stop].end(ids)
+
+    def ends(self, model: PreTrainedModel) -> frozenset[int]:
+        """The token ids that end an answer of a model."""
+        return frozenset(_ids(model.generation_config.eos_token_id)) | frozenset(_ids(self._tokenizer.eos_token_id))
+
+
+class _Run:
+    """One run of a generator: the requests that wait, and those in the batch."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        model: PreTrainedModel,
+        requests: Sequence[GenerationRequest],
+        budget: TokenBudget,
+        done: Callable[[int, Answer], None],
+        max_rows: int,
+    ) -> None:
+        self._generator, self._model, self._requests = generator, model, requests
+        self._budget, self._done, self._max_rows = budget, done, max_rows
+        self._ends = generator.ends(model)
+        self._lengths = [len(request.prompt) + request.max_new_tokens for request in requests]
+        self._waiting: deque[int] = deque()
+        self._wait(range(len(requests)))
+        self._rows: Rows | None = None
+        self._at: list[int] = []  # which request each row of the batch belongs to
+        self._ids: dict[int, list[int]] = {}  # of the requests in the batch that are not done
+
+    def run(self, *, alone: bool) -> None:
+        while self._waiting or self._at:
+            try:
+                self._fill()
+                self._advance()
+                continue
+            except torch.OutOfMemoryError:
+                if len(self._at) == 1 and not alone:
+                    raise
+            # Here nothing holds on to what was computed.
+            self._retreat()
+
+    def _wait(self, indices: Iterable[int]) -> None:
+        # The longest first: little is padded, and what does not fit is found out early.
+        order = sorted([*self._waiting, *indices], key=lambda index: (-self._lengths[index], index))
+        self._waiting = deque(order)
+
+    def _fill(self) -> None:
+        """Let waiting requests into the batch, once there is room for some."""
+        if not self._waiting or (self._rows is not None and not self._rows.joins):
+            return
+        longest = max(self._lengths[index] for index in (*self._at, self._waiting[0]))
+        size = min(self._max_rows, max(1, self._budget.tokens // longest))
+        n = min(size - len(self._at), len(self._waiting))
+        # A prompt costs a pass of its own, and to join the batch a copy of its cache.
+        if n < 1 or (self._at and n < min(_DONE_SHARE * size, len(self._waiting))):
+            return
+        joining = [self._waiting.popleft() for _ in range(n)]
+        self._at += joining
+        self._ids.update({index: [] for index in joining})
+        rows = Rows(self._model, [self._requests[index].prompt for index in joining])
+        if self._rows is None:
+            self._rows = rows
+        else:
+            self._rows.join(rows)
+
+    def _advance(self) -> None:
+        """One token for each row."""
+        assert self._rows is not None
+        draws = [
+            sampling.draw(len(self._ids[index])) if index in self._ids and sampling else None
+            for index, sampling in ((index, self._requests[index].sampling) for index in self._at)
+        ]
+        for index, token in zip(self._at, self._rows.next_tokens(draws), strict=True):
+            if index not in self._ids:
+                continue
+            ids = self._ids[index]
+            ids.append(token)
+            if token == NO_TOKEN:
+                self._end(index, NOT_FINITE)
+            elif self._generator.is_end(self._requests[index], ids, self._ends):
+                self._end(index)
+        kept = [row for row, index in enumerate(self._at) if index in self._ids]
+        if not kept:
+            self._rows, self._at = None, []
+            return
+        if len(kept) <= (1 - _DONE_SHARE) * len(self._at):
+            self._rows.keep(kept)
+            self._at = [self._at[row] for row in kept]
+        self._rows.step()
+
+    def _end(self, index: int, reason: str | None = None) -> None:
+        self._done(index, Answer(self._ids.pop(index), reason))
+
+    def _retreat(self) -> None:
+        """Begin those in the batch anew, in batches of half its size."""
+        self._rows = None
+        torch.cuda.empty_cache()
+        at, self._at = self._at, []
+        if len(at) == 1:
+            self._end(at[0], DOES_NOT_FIT)
+            return
+        self._budget.tokens = max(self._lengths[index] for index in at) * (len(at) // 2)
+        self._wait(self._ids)
+        self._ids = {}
 
 
 class PreparedGeneration:
@@ -83,40 +262,35 @@ class PreparedGeneration:
                 )
         self._requests = list(requests)
         self._tokenizer = tokenizer
+        self._generator = Generator(tokenizer)
         #: The last answer to each request and its text: weights that differ a little often give the same answers.
         self._texts: list[tuple[Sequence[int], str]] = [((), "")] * len(self._requests)
-        self._stops = {stop: StopStrings(tokenizer, stop) for stop in {request.stop for request in requests}}
 
     def run(
         self, model: PreTrainedModel, *, budget: TokenBudget, done: Callable[[Sequence[int]], None] | None = None
     ) -> list[list[int] | None]:
-        """Generate greedily.
+        """Answer all.
 
         Args:
             model: in evaluation mode; `can_generate_here` has said yes to it.
             budget: tokens that it takes at a time, prompts and answers.
-            done: called with the indices of the requests of a batch when they are answered.
+            done: called with the indices of requests when they are answered.
 
         Returns:
             The token ids of each answer without its prompt, the one that ended it included; None where the greatest
-            logit of a step was no finite number, so that there is no greedy token.
+            logit of a step was no finite number, so that there is no token.
 
         Raises:
             torch.OutOfMemoryError: one request alone does not fit.
         """
         answers: list[list[int] | None] = [None] * len(self._requests)
-        ends = _end_tokens(model.generation_config, self._tokenizer)
 
-        def run_batch(batch: list[int]) -> None:
-            requests = [self._requests[index] for index in batch]
-            for index, answer in zip(batch, self._answer(model, requests, ends), strict=True):
-                answers[index] = answer
+        def one(index: int, answer: Answer) -> None:
+            answers[index] = answer.ids if answer.reason is None else None
             if done is not None:
-                done(batch)
+                done([index])
 
-        with torch.no_grad():
-            lengths = [len(request.prompt) + request.max_new_tokens for request in self._requests]
-            run_in_batches(lengths, budget, run_batch)
+        self._generator.run(model, self._requests, budget=budget, done=one)
         return answers
 
     def texts(self, answers: Sequence[Sequence[int] | None]) -> list[str | None]:
@@ -128,148 +302,13 @@ class PreparedGeneration:
             texts.append(None if answer is None else self._texts[index][1])
         return texts
 
-    def _answer(
-        self, model: PreTrainedModel, requests: Sequence[GenerationRequest], ends: frozenset[int]
-    ) -> list[list[int] | None]:
-        """Answer the requests of one batch."""
-        rows = _Rows(model, [request.prompt for request in requests], max(each.max_new_tokens for each in requests))
-        answers: list[list[int]] = [[] for _ in requests]
-        failed = [False] * len(requests)
-        going = [True] * len(requests)
-        at = list(range(len(requests)))  # which request each row of the batch belongs to
-        with _decoding(model):
-            while True:
-                for index, token in zip(at, rows.next_tokens(), strict=True):
-                    if not going[index]:
-                        continue
-                    answer, request = answers[index], requests[index]
-                    answer.append(token)
-                    failed[index] = token == _NO_TOKEN
-                    going[index] = not (
-                        failed[index]
-                        or token in ends
-                        or len(answer) >= request.max_new_tokens
-                        or self._stops[request.stop].end(answer)
-                    )
-                kept = [row for row, index in enumerate(at) if going[index]]
-                if not kept:
-                    return [None if bad else answer for bad, answer in zip(failed, answers, strict=True)]
-                if len(kept) <= (1 - _DONE_SHARE) * len(at):
-                    rows.keep(kept)
-                    at = [at[row] for row in kept]
-                rows.step()
 
-
-class _Rows:
-    """A batch that is being generated, on the model's device.
-
-    Args:
-        model: as for `PreparedGeneration.run`.
-        prompts: token ids of each row.
-        max_new_tokens: how many steps there may be.
-    """
-
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        self._model = model
-        self._cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-        # Of the class: what wraps a model's forward need not keep its signature.
-        accepted = _parameters(type(model).forward)
-        self._takes_positions = "position_ids" in accepted
-        # The head is wide: without this, the logits of a whole prompt would be most of the memory.
-        self._extra = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self._width = max(map(len, prompts))
-        padding = [self._width - len(prompt) for prompt in prompts]
-        # Any token will do for padding: nothing looks at it.
-        ids = torch.tensor([[0] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)])
-        ids = ids.to(model.device)
-        starts = torch.tensor(padding).to(model.device)
-        # As wide as it will become, so that a step takes a slice of it.
-        self._mask: torch.Tensor | None = None
-        if any(padding):
-            places = torch.arange(self._width + max_new_tokens, device=model.device)
-            self._mask = (places >= starts[:, None]).long()
-        self._positions = (torch.arange(self._width, device=model.device) - starts[:, None]).clamp(min=0)
-        self._penalty = float(model.generation_config.repetition_penalty or 1.0)
-        self._seen = self._mark_seen(ids, starts) if self._penalty != 1.0 else None
-        self._forward(ids)
-
-    def next_tokens(self) -> list[int]:
-        """The greedy token of each row, `_NO_TOKEN` where there is none."""
-        scores = self.logits
-        if self._seen is not None:
-            scores = _penalise(scores.float(), self._seen, self._penalty)
-        tokens = scores.argmax(dim=-1, keepdim=True)
-        # A NaN counts as the greatest. A token that is ruled out may well be at minus infinity.
-        best = scores.gather(-1, tokens)
-        self._tokens = tokens.to(self._model.device)
-        if self._seen is not None:
-            self._seen.scatter_(1, tokens, True)
-        found: list[int] = torch.where(best.isfinite(), tokens, _NO_TOKEN).squeeze(1).tolist()
-        return found
-
-    def step(self) -> None:
-        """Take up the tokens that `next_tokens` found."""
-        self._width += 1
-        self._positions = self._positions[:, -1:] + 1
-        self._forward(self._tokens)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Let all other rows go."""
-        index = torch.tensor(rows, device=self._model.device)
-        self._cache.reorder_cache(index)
-        self._tokens, self._positions = self._tokens[index], self._positions[index]
-        if self._mask is not None:
-            self._mask = self._mask[index]
-        if self._seen is not None:
-            self._seen = self._seen[index.to(self._seen.device)]
-
-    def _forward(self, ids: torch.Tensor) -> None:
-        positions = {"position_ids": self._positions} if self._takes_positions else {}
-        output = self._model(
-            input_ids=ids,
-            # Without padding, attention has faster ways that take no mask.
-            attention_mask=None if self._mask is None else self._mask[:, : self._width],
-            past_key_values=self._cache,
-            use_cache=True,
-            return_dict=True,
-            **positions,
-            **self._extra,
-        )
-        #: Of the next token, (rows, vocabulary).
-        self.logits: torch.Tensor = output.logits[:, -1]
-
-    def _mark_seen(self, ids: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        """Which tokens each row holds, its padding left out: (rows, vocabulary), boolean."""
-        n_tokens = int(self._model.get_output_embeddings().weight.shape[0])
-        # Padding is put where no token is.
-        places = torch.arange(ids.shape[1], device=ids.device)
-        ids = torch.where(places >= starts[:, None], ids, n_tokens)
-        seen = torch.zeros(len(ids), n_tokens + 1, dtype=torch.bool, device=ids.device)
-        return seen.scatter_(1, ids, True)[:, :-1]
-
-
-@functools.cache
-def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters)
-
-
-def _penalise(scores: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Make seen tokens less likely: Keskar et al. 2019, arXiv:1909.05858, section 4.1, as transformers does it.
-
-    Args:
-        scores: logits, (rows, vocabulary), float32.
-        seen: which tokens a row holds, (rows, vocabulary), boolean.
-        penalty: 1 for none.
-    """
-    less = torch.where(scores < 0, scores * penalty, scores / penalty)
-    return torch.where(seen, less, scores)
-
-
-def can_generate_here(model: PreTrainedModel) -> bool:
-    """Whether `PreparedGeneration.run` gives what the model's own `generate` would; tried on a made-up prompt.
+def can_generate_here(model: PreTrainedModel, *, drawn: bool = False) -> bool:
+    """Whether `Generator.run` gives what the model's own `generate` would; tried on made-up prompts.
 
     Args:
         model: in evaluation mode, with weights that give finite logits.
+        drawn: whether tokens are to be drawn, too.
 
     Returns:
         False for encoder-decoders, for models that keep no cache of the usual kind, for rotary embeddings that change
@@ -278,10 +317,11 @@ def can_generate_here(model: PreTrainedModel) -> bool:
     """
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
+    neutral = {**_NEUTRAL, **(_NEUTRAL_DRAWN if drawn else {})}
     if (
         model.config.is_encoder_decoder
         or not model.can_generate()
-        or any(getattr(model.generation_config, name, None) not in values for name, values in _NEUTRAL.items())
+        or any(getattr(model.generation_config, name, None) not in values for name, values in neutral.items())
         # Its cache is made anew when an answer passes the length that the model was first trained on.
         or "longrope" in str(rope)
     ):
@@ -300,8 +340,8 @@ def _agrees(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
     texts = [[n_tokens // 3 + (7 * i + row) % max(1, n_tokens // 3) for i in range(n)] for row, n in enumerate(lengths)]
     # Of logits that have been rounded many times, about half of the digits are left.
     tolerance = torch.finfo(model.dtype).eps ** 0.5
-    rows = _Rows(model, texts, max_new_tokens=3)
-    for step in range(3):
+    rows = Rows(model, texts)
+    for step in range(4):
         for logits, text in zip(rows.logits.float(), texts, strict=True):
             alone = model(input_ids=torch.tensor([text], device=model.device), use_cache=False, return_dict=True)
             expected = alone.logits[0, -1].float()
@@ -311,10 +351,13 @@ def _agrees(model: PreTrainedModel, lengths: Sequence[int]) -> bool:
         for text, token in zip(texts, rows.next_tokens(), strict=True):
             text.append(token)
         if step == 0:
-            rows.keep([0, len(texts) - 1])
-            texts = [texts[0], texts[-1]]
-        if step < 2:
-            rows.step()
+            rows.keep([len(texts) - 1])
+            texts = texts[-1:]
+        rows.step()
+        if step == 1 and rows.joins:
+            joining = [texts[0][:1], texts[0] * 2]  # a shorter one and a longer one than the row that is there
+            rows.join(Rows(model, joining))
+            texts += joining
     return True
 
 
@@ -322,11 +365,6 @@ def _decoding(model: PreTrainedModel) -> Any:
     """What transformers itself generates in: experts are called in a way that is faster for few tokens."""
     optimized = getattr(model, "_optimize_model_for_decode", None)
     return nullcontext() if optimized is None else optimized()
-
-
-def _end_tokens(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The token ids that end an answer."""
-    return frozenset(_ids(config.eos_token_id)) | frozenset(_ids(tokenizer.eos_token_id))
 
 
 def _ids(of: Any) -> Iterator[int]:
