@@ -9,15 +9,19 @@ TvmergeError
 │   ├── StudyError          a run's folder that belongs to another run
 │   └── RecipeError         a recipe file
 └── RunError                the input was right and the run failed; exit status 1
+    ├── BudgetError         the next request to a judge could cost more than is left to spend
+    └── JudgeError          a judge did not answer one request; the case is unscored and the run goes on
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "BudgetError",
     "CheckpointError",
     "ConfigError",
     "IncompatibleError",
     "InputError",
+    "JudgeError",
     "RecipeError",
     "RunError",
     "StudyError",
@@ -60,3 +64,11 @@ class RecipeError(InputError):
 
 class RunError(TvmergeError):
     """A run that started well could not go on."""
+
+
+class BudgetError(RunError):
+    """The next request to a judge could cost more than is left to spend."""
+
+
+class JudgeError(RunError):
+    """A judge did not answer one request: it, the network or a gateway failed, after all retries."""
