@@ -216,7 +216,9 @@ class RemoteClient(ABC):
             return ConfigError(f"{said}; the key in {self.key_variable} may not use this model")
         if status == 404:
             return ConfigError(f"{said}; check the model's name and base_url")
-        if status == 402 or any(word in error.response.text for word in ("insufficient_quota", "credit balance is too")):
+        if status == 402 or any(
+            word in error.response.text for word in ("insufficient_quota", "credit balance is too")
+        ):
             return RunError(f"{said}; add credit, and the same command goes on")
         return JudgeError(f"{self.base_url}: HTTP {status}, {body}")
 
