@@ -104,7 +104,7 @@ class Judge(Protocol):
         """Everything that a rating depends on but the case, as plain JSON values."""
 
     def submit(self, case: Case) -> Future[Judgment]:
-        """Begin to judge a case, while others are under way; only an error that ends the run is raised by the future."""
+        """Begin to judge a case, while others are under way; the future raises only what ends the run."""
 
     def finish(self) -> None:
         """Bring every case that was submitted to its judgment; returns when all futures are done."""

@@ -77,8 +77,8 @@ class PromptedJudge:
     ) -> None:
         if parallel < 1 or repeats < 1 or not deadline > 0:
             raise ConfigError(
-                f"a judge needs 1 or more requests at a time ({parallel}), 1 or more repeats ({repeats}) and a deadline "
-                f"above 0 seconds ({deadline})"
+                f"a judge needs 1 or more requests at a time ({parallel}), 1 or more repeats ({repeats}) and a "
+                f"deadline above 0 seconds ({deadline})"
             )
         self._client, self._name, self._identity = client, name, identity
         self._render, self._read_rating = render, read_rating
