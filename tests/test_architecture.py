@@ -28,6 +28,7 @@ ROOMS = [
     "writer",
     "recipe",
     "models",
+    "judges",
     "evaluators",
     "samplers",
     "search",

@@ -9,16 +9,20 @@ TvmergeError
 │   ├── StudyError          a run's folder that belongs to another run
 │   └── RecipeError         a recipe file
 └── RunError                the input was right and the run failed; exit status 1
+    ├── BudgetError         the next request to a judge could cost more than is left to spend
+    ├── JudgeError          a judge did not answer one request; the case is unscored and the run goes on
     └── StopError           the run stops here, and the same command goes on; a trial under way is not recorded
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "BudgetError",
     "CheckpointError",
     "ConfigError",
     "IncompatibleError",
     "InputError",
+    "JudgeError",
     "RecipeError",
     "RunError",
     "StopError",
@@ -62,6 +66,14 @@ class RecipeError(InputError):
 
 class RunError(TvmergeError):
     """A run that started well could not go on."""
+
+
+class BudgetError(RunError):
+    """The next request to a judge could cost more than is left to spend."""
+
+
+class JudgeError(RunError):
+    """A judge did not answer one request: it, the network or a gateway failed, after all retries."""
 
 
 class StopError(RunError):

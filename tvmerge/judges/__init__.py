@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Case", "Client", "Completion", "Judge", "Judgment", "Prompt"]
+__all__ = ["Case", "Client", "Completion", "Judge", "Judgment", "MainThreadClient", "Prompt"]
 
 
 @dataclass(frozen=True)
@@ -52,21 +52,44 @@ class Completion:
     tokens_in: int
     tokens_out: int
     refusal: str | None = None  # why it said nothing of use, in one line: it refused, or was not let
+    estimated: bool = False  # the tokens are an upper bound: the server did not say
 
 
 class Client(Protocol):
     """A language model that can be asked: one class per provider."""
 
-    async def complete(self, prompt: Prompt, *, attempt: int) -> Completion:
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Everything that a completion depends on but the prompt, as plain JSON values; no key."""
+
+    @property
+    def max_tokens(self) -> int:
+        """How long a completion can be."""
+
+    async def complete(self, prompt: Prompt, *, attempt: int, retries: int | None = None) -> Completion:
         """Ask once; what can be tried again is, by the client's own machinery.
 
         Args:
             prompt: what to ask.
             attempt: 0, or how many times the same prompt was asked before.
+            retries: how often at most a failure is tried again; None: as often as the settings say.
+
+        Raises:
+            JudgeError: there is no completion of this prompt; others may work.
+            ConfigError: no request can work: the key is refused, or the model is unknown.
+            RunError: no request can work from now on.
         """
 
     async def close(self) -> None:
         """Let connections go."""
+
+
+@runtime_checkable
+class MainThreadClient(Client, Protocol):
+    """A client that works in the thread that waits for it, not in the background."""
+
+    def serve(self, done: Callable[[], bool]) -> None:
+        """Work on what is asked until `done` is true; called by `Judge.finish`."""
 
 
 class Judge(Protocol):
@@ -81,7 +104,7 @@ class Judge(Protocol):
         """Everything that a rating depends on but the case, as plain JSON values."""
 
     def submit(self, case: Case) -> Future[Judgment]:
-        """Begin to judge a case, while others are under way; only an error that ends the run is raised by the future."""
+        """Begin to judge a case, while others are under way; the future raises only what ends the run."""
 
     def finish(self) -> None:
         """Bring every case that was submitted to its judgment; returns when all futures are done."""
