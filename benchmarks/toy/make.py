@@ -10,12 +10,12 @@ import sys
 from itertools import islice
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-DEMO = HERE.parent.parent / "demo"
-sys.path.insert(0, str(DEMO))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "demo"))
 
 import world
 
+HERE = Path(__file__).resolve().parent
+DEMO = Path(world.__file__).resolve().parent
 QUESTIONS_PER_TASK = 60
 #: The tasks in the order in which the bench takes turns with them, and what it calls them.
 CATEGORIES = {
