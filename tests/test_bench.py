@@ -33,7 +33,9 @@ def load(folder: Path, judge: str = "gpt-4") -> Bench:
 
 
 def reference(key: int, *turns: str) -> str:
-    return json.dumps({"question_id": key, "answer_id": "x", "model_id": "m", "choices": [{"index": 0, "turns": turns}]})
+    return json.dumps(
+        {"question_id": key, "answer_id": "x", "model_id": "m", "choices": [{"index": 0, "turns": turns}]}
+    )
 
 
 def test_questions_are_read_as_they_stand(tmp_path: Path) -> None:
@@ -144,7 +146,9 @@ def test_a_bench_name_cannot_leave_its_folder(name: str) -> None:
 
 
 def test_the_split_keeps_the_shares_of_categories(tmp_path: Path) -> None:
-    entries = [entry(n, category="math" if n % 4 else "writing", reference=["1", "2"] if n % 2 else []) for n in range(80)]
+    entries = [
+        entry(n, category="math" if n % 4 else "writing", reference=["1", "2"] if n % 2 else []) for n in range(80)
+    ]
     bench = load(write(tmp_path, *entries))
     search, heldout = split_bench(config(bench_name="mine", question_limit=20), bench, judge="gpt-4")
     assert (len(search), len(heldout)) == (20, 24)

@@ -22,7 +22,9 @@ ENGLISH = RougeScorer(["rougeL"])
 OURS = RougeScorer(["rougeL"], tokenizer=Tokens())
 
 
-@given(st.lists(st.sampled_from("the cat sat on a mat dog".split())), st.lists(st.sampled_from("the cat on mat".split())))
+@given(
+    st.lists(st.sampled_from("the cat sat on a mat dog".split())), st.lists(st.sampled_from("the cat on mat".split()))
+)
 def test_english_is_scored_as_by_the_package(answer: list[str], reference: list[str]) -> None:
     if not answer or not reference:
         return
@@ -30,7 +32,10 @@ def test_english_is_scored_as_by_the_package(answer: list[str], reference: list[
     assert rouge_l(ours, theirs) == pytest.approx(ENGLISH.score(theirs, ours)["rougeL"].fmeasure)
 
 
-@given(st.text(alphabet="私は学校へ行くがabc 12ー々。", min_size=1, max_size=60), st.text(alphabet="私は家から行くac12ー", min_size=1))
+@given(
+    st.text(alphabet="私は学校へ行くがabc 12ー々。", min_size=1, max_size=60),
+    st.text(alphabet="私は家から行くac12ー", min_size=1),
+)
 def test_any_text_is_scored_as_by_the_package_with_our_tokens(answer: str, reference: str) -> None:
     if tokens(answer) and tokens(reference):
         assert rouge_l(answer, reference) == pytest.approx(OURS.score(reference, answer)["rougeL"].fmeasure)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tvmerge.config import MtBenchConfig
 from tvmerge.errors import TaskError
@@ -19,8 +20,9 @@ from tvmerge.evaluators.fastchat import FastChatFiles
 from tvmerge.evaluators.mt_bench import Asking, MtBenchEvaluator
 from tvmerge.evaluators.split import split_questions
 from tvmerge.files import local_path
-from tvmerge.judges import Judge
+from tvmerge.judges import Client, Judge
 from tvmerge.judges.cache import JudgmentCache
+from tvmerge.judges.local import LOCAL, LocalClient
 from tvmerge.judges.meter import LEDGER, Meter, Prices, known_prices
 from tvmerge.judges.prompted import PromptedJudge
 from tvmerge.judges.prompts import MAX_TURNS, JudgePrompts, load_judge_prompts
@@ -36,7 +38,15 @@ if TYPE_CHECKING:
 
     from tvmerge.models.transformers import TransformersModel
 
-__all__ = ["JudgedBench", "JudgedQuestions", "find_bench", "find_prompts", "judged_questions", "open_judged", "trial_name"]
+__all__ = [
+    "JudgedBench",
+    "JudgedQuestions",
+    "find_bench",
+    "find_prompts",
+    "judged_questions",
+    "open_judged",
+    "trial_name",
+]
 
 #: How the answers of a trial are called in FastChat's files. Its show_result takes names of digits alone for numbers.
 TRIAL_NAME = re.compile(r"trial-(\d+)(-heldout)?")
@@ -61,14 +71,17 @@ class JudgedQuestions:
     template: ChatTemplate
     files: FastChatFiles
     meter: Meter | None  # None: asking is free
+    client: Client | None  # that the judge asks
 
     def open_model(self, model: TransformersModel, *, tokens: int | None) -> ChatModel:
         """Make a live model ready to talk."""
+        if isinstance(self.client, LocalClient):
+            self.client.attach(model)
         return ChatModel(
             model,
             template=self.template,
             max_new_tokens=self.config.max_new_token,
-            batch_size=self.config.batch_size,
+            batch_size="auto" if isinstance(self.config.batch_size, str) else self.config.batch_size,
             tokens=tokens,
         )
 
@@ -83,7 +96,21 @@ class JudgedQuestions:
 
     def cost(self) -> str:
         """What the judge cost so far."""
-        return "" if self.meter is None else self.meter.shown
+        if self.meter is None:
+            return ""
+        usage = self.meter.total
+        tokens = f"judge {(usage.tokens_in + usage.tokens_out) / 1000:.1f} k tokens"
+        return tokens if usage.cost is None else f"{tokens}, ${usage.cost:.2f}"
+
+
+@dataclass(frozen=True)
+class OpenJudge:
+    """A judge that can be asked."""
+
+    judge: Judge
+    client: Client | None = None  # that it asks
+    meter: Meter | None = None  # of what that costs; None: nothing
+    notes: Sequence[str] = ()  # what the user should know
 
 
 @dataclass(frozen=True)
@@ -93,9 +120,7 @@ class JudgedBench:
     config: MtBenchConfig
     output: Path
     bench: Bench
-    judge: Judge
-    meter: Meter | None
-    notes: Sequence[str]
+    opened: OpenJudge
 
     def ask(self, tokenizer: PreTrainedTokenizerBase) -> JudgedQuestions:
         """Choose the questions, and how they are put.
@@ -109,14 +134,14 @@ class JudgedBench:
         """
         config, bench = self.config, self.bench
         template = open_template(config.chat_template, tokenizer)
-        files = FastChatFiles(self.output, judge=self.judge.name)
-        searched, heldout = split_bench(config, bench, judge=self.judge.name)
+        files = FastChatFiles(self.output, judge=self.opened.judge.name)
+        searched, heldout = split_bench(config, bench, judge=self.opened.judge.name)
 
         def evaluator(questions: Sequence[int]) -> MtBenchEvaluator:
             return MtBenchEvaluator(
                 bench=bench,
                 questions=questions,
-                judge=self.judge,
+                judge=self.opened.judge,
                 asking=Asking(
                     num_choices=config.num_choices,
                     temperature=config.temperature,
@@ -125,6 +150,7 @@ class JudgedBench:
                 ),
                 max_unscored=config.max_unscored,
                 files=files,
+                meter=self.opened.meter,
             )
 
         return JudgedQuestions(
@@ -132,12 +158,13 @@ class JudgedBench:
             search=evaluator(searched),
             heldout=evaluator(heldout) if config.holdout else None,
             goals={bench.name: TaskGoal(metric="rating")},
-            scoring={bench.name: json.dumps([self.judge.identity, template.digest], ensure_ascii=False)},
-            notes=[*self.notes, *self._notes(template, n_search=len(searched))],
+            scoring={bench.name: json.dumps([_known(self.opened.judge.identity), template.digest], ensure_ascii=False)},
+            notes=[*self.opened.notes, *self._notes(template, n_search=len(searched))],
             categories={bench.name: [question.category for question in bench.questions]},
             template=template,
             files=files,
-            meter=self.meter,
+            meter=self.opened.meter,
+            client=self.opened.client,
         )
 
     def _notes(self, template: ChatTemplate, *, n_search: int) -> list[str]:
@@ -150,19 +177,20 @@ class JudgedBench:
             )
         if config.system_instruction and not template.takes_system:
             notes.append("the chat template takes no system message: --system_instruction is left out")
-        unused = len(self.bench.questions) - len(_answerable(self.bench, self.judge.name))
+        unused = len(self.bench.questions) - len(_answerable(self.bench, self.opened.judge.name))
         if unused:
             notes.append(f"bench {self.bench.name}: {unused} of its questions have no reference answer: not asked")
         return notes
 
 
 @contextmanager
-def open_judged(config: MtBenchConfig, output: Path) -> Iterator[JudgedBench]:
+def open_judged(config: MtBenchConfig, output: Path, *, device: str) -> Iterator[JudgedBench]:
     """Read the questions and open the judge; a judge that cannot be asked is found here.
 
     Args:
         config: of the run.
         output: folder of the run.
+        device: where a judge on this machine runs.
 
     Raises:
         ConfigError: the judge cannot be asked: a missing key, an unknown model, an address where nobody answers.
@@ -170,53 +198,60 @@ def open_judged(config: MtBenchConfig, output: Path) -> Iterator[JudgedBench]:
     """
     bench = find_bench(config)
     split_bench(config, bench, judge=config.judge_model_name)
-    with open_judge(config, output, bench) as (judge, meter, notes):
-        yield JudgedBench(config, output, bench, judge, meter, notes)
+    with open_judge(config, output, bench, device=device) as opened:
+        yield JudgedBench(config, output, bench, opened)
 
 
 @contextmanager
-def open_judge(
-    config: MtBenchConfig, output: Path, bench: Bench
-) -> Iterator[tuple[Judge, Meter | None, Sequence[str]]]:
+def open_judge(config: MtBenchConfig, output: Path, bench: Bench, *, device: str) -> Iterator[OpenJudge]:
     """Open the judge that a configuration names, see that it answers, and close it in the end.
-
-    Returns:
-        The judge, what counts its cost (None: it is free), and what the user should know.
 
     Raises:
         ConfigError: it cannot be asked.
     """
-    if config.judge_model_name == RougeL.name:
-        yield RougeL(), None, []
+    name = config.judge_model_name
+    if name == RougeL.name:
+        yield OpenJudge(RougeL())
         return
     prompts, which = find_prompts(config, bench)
-    client = _client(config)
-    meter = Meter(
-        output / LEDGER, judge=config.judge_model_name, prices=prices_of(config), max_cost=config.max_judge_cost
-    )
+    client = _client(config, device)
+    meter = Meter(path=output / LEDGER, judge=name, prices=prices_of(config), max_cost=config.max_judge_cost)
+    is_local = isinstance(client, LocalClient)
     cache = JudgmentCache(_cache_file(config))
     judge = PromptedJudge(
         client=client,
-        name=config.judge_model_name.partition(":")[2] or config.judge_model_name,
+        name=name.removeprefix(LOCAL) if is_local else parse_judge(name)[1],
         identity={"prompts": prompts.identity},
         render=prompts.render,
         read_rating=read_rating,
         meter=meter,
         cache=cache,
-        parallel=config.parallel,
-        deadline=config.judge_deadline,
+        # A judge on this machine has no more hands than one, and no deadline.
+        parallel=1 << 20 if is_local else config.parallel,
+        deadline=math.inf if is_local else config.judge_deadline,
         repeats=config.judge_repeats,
     )
     try:
-        judge.check()
-        yield judge, meter, [which, *client.notes]
+        if isinstance(client, RemoteClient):
+            judge.check()
+        yield OpenJudge(judge, client, meter, [which, *getattr(client, "notes", [])])
     finally:
         judge.close()
         cache.close()
 
 
-def _client(config: MtBenchConfig) -> RemoteClient:
-    provider, model = parse_judge(config.judge_model_name)
+def _client(config: MtBenchConfig, device: str) -> RemoteClient | LocalClient:
+    name = config.judge_model_name
+    if name.startswith(LOCAL):
+        return LocalClient(
+            name.removeprefix(LOCAL),
+            cache_dir=config.cache_dir,
+            device=device,
+            max_tokens=config.judge_max_tokens,
+            temperature=config.judge_temperature,
+            batch_size=config.batch_size,
+        )
+    provider, model = parse_judge(name)
     return make_client(
         provider,
         ClientSettings(
@@ -230,12 +265,20 @@ def _client(config: MtBenchConfig) -> RemoteClient:
     )
 
 
+def _known(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a study knows its judge by: the same model may answer at another address when the study is resumed."""
+    client = {key: value for key, value in identity.get("client", {}).items() if key != "base_url"}
+    return {**identity, "client": client}
+
+
 def prices_of(config: MtBenchConfig) -> Prices | None:
     """What the judge's tokens cost: as the user says, or what is known of the model; None: unknown."""
     if config.judge_price_in is not None and config.judge_price_out is not None:
         return Prices(config.judge_price_in, config.judge_price_out)
     # At another address it is another one's price.
-    return None if config.judge_base_url else known_prices(parse_judge(config.judge_model_name)[1])
+    if config.judge_base_url or config.judge_model_name.startswith(LOCAL):
+        return None
+    return known_prices(parse_judge(config.judge_model_name)[1])
 
 
 def _cache_file(config: MtBenchConfig) -> Path:

@@ -70,7 +70,7 @@ def mt_bench(config: MtBenchConfig) -> None:
     """
     output = _checked_output(config)
     device = choose_device(config.device)
-    with open_judged(config, output) as bench:
+    with open_judged(config, output, device=device) as bench:
         _search(config, output, device, bench.ask)
 
 

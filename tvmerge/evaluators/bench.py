@@ -108,7 +108,9 @@ def _question(entry: Mapping[str, Any], where: str) -> BenchQuestion:
         raise TaskError(f"{where}: category must be a text, got {category!r}")
     turns = _texts(entry.get("turns"))
     if not turns or not all(turn.strip() for turn in turns):
-        raise TaskError(f"{where}: turns must be a list of texts with something in them, got {entry.get('turns')!r:.80}")
+        raise TaskError(
+            f"{where}: turns must be a list of texts with something in them, got {entry.get('turns')!r:.80}"
+        )
     temperature = entry.get("required_temperature")
     if temperature is not None and not (isinstance(temperature, (int, float)) and 0 <= temperature < math.inf):
         raise TaskError(f"{where}: required_temperature must be a number from 0, got {temperature!r}")

@@ -7,14 +7,15 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tvmerge.errors import RunError
+from tvmerge.errors import RunError, StopError
 from tvmerge.evaluators import Progress, QuestionScore, Scored
 from tvmerge.evaluators.bench import Bench
 from tvmerge.evaluators.fastchat import FastChatFiles, Rated, Talk
 from tvmerge.judges import Judge, Judgment
+from tvmerge.judges.meter import Meter
 from tvmerge.models.chat import ChatAnswer, ChatModel, ChatRequest
 
 __all__ = ["Asking", "MtBenchEvaluator"]
@@ -64,6 +65,7 @@ class MtBenchEvaluator:
         asking: how they are put.
         max_unscored: the greatest share of turns without a rating with which a model still has a score.
         files: where answers and judgments are kept; None: nowhere.
+        meter: of what the judge costs; None: nothing.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class MtBenchEvaluator:
         asking: Asking | None = None,
         max_unscored: float = 0.1,
         files: FastChatFiles | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self._bench = bench
         self._indices = list(questions)
@@ -82,6 +85,7 @@ class MtBenchEvaluator:
         self._asking = asking or Asking()
         self._max_unscored = max_unscored
         self._files = files
+        self._meter = meter
 
     @property
     def n_questions(self) -> int:
@@ -124,6 +128,8 @@ class MtBenchEvaluator:
             RunError: too many turns have no rating.
             StopError: the judge cannot be asked any more.
         """
+        if self._meter is not None:
+            self._meter.begin(name)
         talks = [_Talk(i, choice) for i in self._indices for choice in range(self._asking.num_choices)]
         waiting: dict[tuple[int, int, int], Future[Judgment]] = {}
         tokens = 0
@@ -141,15 +147,17 @@ class MtBenchEvaluator:
                 future.add_done_callback(lambda _: progress(1))
                 waiting[talk.index, talk.choice, len(talk.answers)] = future
                 if future.done():
-                    future.result()  # raises if the judge has gone: no further answer is worth its time
+                    _result(future)  # if the judge has gone, no further answer is worth its time
 
             answers = model.answer([self._request(talk) for talk in going], take)
             tokens += sum(answer.n_tokens for answer in answers)
         self._judge.finish()
         done = [Talk(t.index, self._bench.questions[t.index], t.choice, tuple(t.answers)) for t in talks]
         failures = [talk.failure for talk in talks]
-        rated = list(self._rated(done, failures, {key: future.result() for key, future in waiting.items()}))
+        rated = self._rated(done, failures, {key: _result(future) for key, future in waiting.items()})
         facts = self._facts(rated) | {"generated_tokens": tokens}
+        if self._meter is not None:
+            facts["judge_usage"] = asdict(self._meter.of(name))
         self._check(rated)
         if self._files is not None:
             self._files.write(name, done, rated)
@@ -202,3 +210,11 @@ class MtBenchEvaluator:
                 f"{n} of {len(rated)} turns have no rating, more than --max_unscored {self._max_unscored:g} allows; "
                 f"most often: {reasons.most_common(1)[0][0]}"
             )
+
+
+def _result(future: Future[Judgment]) -> Judgment:
+    """A judgment; what ends the run is no fault of the trial."""
+    try:
+        return future.result()
+    except RunError as error:
+        raise StopError(str(error)) from error

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import json
 import queue
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,14 @@ class LocalClient:
     """
 
     def __init__(
-        self, name: str, *, cache_dir: str | None, device: str, max_tokens: int, temperature: float, batch_size: int | str
+        self,
+        name: str,
+        *,
+        cache_dir: str | None,
+        device: str,
+        max_tokens: int,
+        temperature: float,
+        batch_size: int | str,
     ) -> None:
         self._checkpoint = Checkpoint(resolve(name, cache_dir=cache_dir))
         folder = self._checkpoint.model.path
@@ -120,10 +127,11 @@ class LocalClient:
         while not done():
             if batch := self._batch():
                 with self._in_place() as chat:
-                    chat.answer(
-                        [self._request(prompt, attempt) for prompt, attempt, _ in batch],
-                        lambda index, answer, batch=batch: _tell(batch[index], answer),
-                    )
+                    self._answer(chat, batch)
+
+    def _answer(self, chat: ChatModel, batch: Sequence[_Asked]) -> None:
+        requests = [self._request(prompt, attempt) for prompt, attempt, _ in batch]
+        chat.answer(requests, lambda index, answer: _tell(batch[index], answer))
 
     def _batch(self) -> list[_Asked]:
         """All that is asked until nothing more comes; a batch's composition does not change what is answered."""
