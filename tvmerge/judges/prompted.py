@@ -161,9 +161,8 @@ class PromptedJudge:
         elif (error := task.exception()) is None:
             self._resolve(future, result=task.result())
         else:
-            if self._failure is None:
-                self._failure = _as_ours(error)
-                cancel_others()
+            self._failure = self._failure or _as_ours(error)
+            cancel_others()
             self._resolve(future, error=self._failure)
 
     def _resolve(self, future: Future[Any], *, result: Any = None, error: TvmergeError | None = None) -> None:
@@ -226,12 +225,18 @@ class PromptedJudge:
         if known is not None:
             return known
         async with self._slots:
-            if self._failure is not None:  # submitted while everything was being stopped
+            if self._failure is not None:
                 raise _again(self._failure)
-            reservation = await self._reserve(prompt, model)
-            completion = await self._complete(prompt, reservation, seconds=self._deadline, attempt=attempt)
-        if self._cache is not None:
-            self._cache.put(key, completion)
+            try:
+                reservation = await self._reserve(prompt, model)
+                completion = await self._complete(prompt, reservation, seconds=self._deadline, attempt=attempt)
+                if self._cache is not None:
+                    self._cache.put(key, completion)
+            except JudgeError:
+                raise
+            except TvmergeError as error:  # known before the next one takes the slot: it would ask in vain
+                self._failure = self._failure or error
+                raise
         return completion
 
     async def _reserve(self, prompt: Prompt, model: str) -> Reservation:

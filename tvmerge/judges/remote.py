@@ -32,7 +32,7 @@ CONNECT_SECONDS = 10.0
 REASON_LENGTH = 300
 #: How servers say that they do not know a parameter, or not this value of it.
 UNSUPPORTED = re.compile(
-    r"unsupported|not support|unrecogni[sz]ed|unknown|unexpected|deprecated|extra (input|field)|not permitted|not allowed",
+    r"unsupported|not support|unrecogni[sz]ed|unknown|unexpected|deprecated|extra (input|field)|not (permit|allow)",
     re.IGNORECASE,
 )
 
