@@ -141,6 +141,7 @@ class Meter:
         self._used: dict[str, Usage] = {}
         self._under_way: set[Reservation] = set()
         self._torn = False
+        self._unwritten = ""  # while there is no folder
         if path is not None:
             for name, usage in self._ledger(path):
                 self._used[name] = self._used.get(name, Usage()) + usage
@@ -252,8 +253,11 @@ class Meter:
         """Add a line in one write, which a kill does not tear."""
         if self._path is None:
             return
-        line = (("\n" if self._torn else "") + json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-        self._torn = True
+        self._unwritten += json.dumps(entry, ensure_ascii=False) + "\n"
+        if not self._path.parent.is_dir():
+            return  # a run makes its folder when all else is checked, the judge too
+        line = (("\n" if self._torn else "") + self._unwritten).encode("utf-8", "replace")
+        self._torn, self._unwritten = True, ""
         try:
             descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             try:

@@ -87,7 +87,7 @@ class ChatModel:
         self._remembered: OrderedDict[str, array[int]] = OrderedDict()
         self._n_remembered = 0
         self._here = can_generate_here(model.model, drawn=True)
-        #: What a report should say of how answers are made; None: nothing.
+        #: What a report should say of how answers are made.
         self.note = (
             None
             if self._here
