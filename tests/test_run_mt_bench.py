@@ -270,13 +270,20 @@ def test_a_judge_that_fails_on_the_target_stops_the_run_and_the_same_command_goe
     server.rule = refuses(0.5)
     assert main(flags(trio, bench, output, server)) == 1
     assert "trial 0: RunError: " in capsys.readouterr().err
-    server.rule = lambda request, earlier: "401" if len(server.requests) > 60 else "ok"
-    assert main(flags(trio, bench, output, server, "--question_limit", "9")) == 2  # nothing was scored: others may be asked
+    # A refusal is not remembered, and what was judged is.
+    before = dict(asked(server))
+    n_requests = len(server.requests)
+    server.rule = lambda request, earlier: "401" if len(server.requests) > n_requests + 60 else "ok"
+    assert main(flags(trio, bench, output, server)) == 2
     assert KEY not in (error := capsys.readouterr().err)
     assert "OPENAI_API_KEY is refused" in error
     finished = [trial.number for trial in trials(output) if trial.value is not None]
+    judged = refuses(0.5)
+    for request in server.requests[:n_requests]:
+        again = asked(server).get(request.prompt, 0) - before.get(request.prompt, 0)
+        assert again == (judged(request, 0) == "refusal")
     server.rule = lambda request, earlier: "ok"
-    assert main(flags(trio, bench, output, server, "--question_limit", "9")) == 0
+    assert main(flags(trio, bench, output, server)) == 0
     assert 0 < len(finished) < N_TRIALS
     assert all(trial.value is not None for trial in trials(output)), "the trial under way is no failure"
 
@@ -285,14 +292,26 @@ def test_the_run_stops_before_the_judge_costs_too_much(
     trio: Trio, bench: Path, server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
+    entries = [
+        {"name": name, "system_prompt": "", "prompt_template": f"{fields} {name}"}
+        for name, fields in (
+            ("single-v1", "{question}{answer}"),
+            ("single-math-v1", "{question}{answer}"),
+            ("single-v1-multi-turn", "{answer_1}{answer_2}"),
+            ("single-math-v1-multi-turn", "{answer_1}{answer_2}"),
+        )
+    ]
+    short = tmp_path / "short.jsonl"  # what is set aside for a request is by the bytes of its prompt
+    short.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     prices = ("--judge_price_in", "1000", "--judge_price_out", "1000", "--judge_max_tokens", "16")
+    prices += ("--judge_file", str(short))
     ledger = output / "judge_usage.jsonl"
-    for limit in (3.0, 3.5):
+    for limit in (0.5, 1.0):
         assert main(flags(trio, bench, output, server, *prices, "--max_judge_cost", str(limit))) == 1
         error = capsys.readouterr().err
         assert "raise it, and the same command goes on" in error
         spent = sum(line["cost"] for line in lines(ledger))
-        assert limit - 2.5 < spent <= limit
+        assert limit - 0.25 < spent <= limit
         assert not [trial for trial in trials(output) if "failure" in trial.user_attrs]
     assert main(flags(trio, bench, output, server, *prices, "--max_judge_cost", "100")) == 0
     assert "$" in capsys.readouterr().err

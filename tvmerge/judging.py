@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tvmerge.config import MtBenchConfig
-from tvmerge.errors import TaskError
+from tvmerge.errors import ConfigError, TaskError
 from tvmerge.evaluators import Goals, TaskGoal
 from tvmerge.evaluators.bench import Bench, load_bench
 from tvmerge.evaluators.fastchat import FastChatFiles
@@ -213,6 +213,11 @@ def open_judge(config: MtBenchConfig, output: Path, bench: Bench, *, device: str
     if name == RougeL.name:
         yield OpenJudge(RougeL())
         return
+    if config.max_judge_cost is not None and prices_of(config) is None:
+        raise ConfigError(
+            f"--max_judge_cost {config.max_judge_cost:g}: the prices of {name} are not known, give --judge_price_in and "
+            "--judge_price_out"
+        )
     prompts, which = find_prompts(config, bench)
     client = _client(config, device)
     meter = Meter(path=output / LEDGER, judge=name, prices=prices_of(config), max_cost=config.max_judge_cost)

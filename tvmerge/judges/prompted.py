@@ -86,6 +86,8 @@ class PromptedJudge:
         self._deadline, self._repeats = deadline, repeats
         self._slots = asyncio.Semaphore(parallel)
         self._asked: dict[str, asyncio.Task[Completion]] = {}  # under way, by cache key
+        #: What was refused in this process. The next one asks again: a judge may have been out of sorts.
+        self._refused: dict[str, Completion] = {}
         self._loop = BackgroundLoop()
         self._changed = threading.Condition()
         self._open: set[Future[Any]] = set()
@@ -221,7 +223,7 @@ class PromptedJudge:
         return await task
 
     async def _fetch(self, key: str, prompt: Prompt, attempt: int, model: str) -> Completion:
-        known = self._cache.get(key) if self._cache is not None else None
+        known = self._refused.get(key) or (self._cache.get(key) if self._cache is not None else None)
         if known is not None:
             return known
         async with self._slots:
@@ -230,7 +232,9 @@ class PromptedJudge:
             try:
                 reservation = await self._reserve(prompt, model)
                 completion = await self._complete(prompt, reservation, seconds=self._deadline, attempt=attempt)
-                if self._cache is not None:
+                if completion.refusal is not None:
+                    self._refused[key] = completion
+                elif self._cache is not None:
                     self._cache.put(key, completion)
             except JudgeError:
                 raise
