@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,11 @@ def test_a_batch_size_is_found_once(trio: Trio) -> None:
         assert values(questions.score(harness, lambda _: None).scores) == pytest.approx(expected, rel=0.05)
         assert max(tried) > 100
         tried.clear()
-        questions.score(harness, lambda _: None).scores
+        questions.score(harness, lambda _: None)
         assert max(tried) <= 100, "what did not fit was tried again"
         again = HarnessModel(model, batch_size="auto", tokens=harness.budget.tokens)
         tried.clear()
-        evaluator().score(again, lambda _: None).scores
+        evaluator().score(again, lambda _: None)
         assert max(tried) <= 100, "what another process had found was not used"
 
 
@@ -76,9 +76,9 @@ def test_a_batch_of_a_given_size_is_no_larger_than_its_requests_at_full_length(t
     model = live(trio.target)
     for size in (1, 4):
         harness, questions = HarnessModel(model, batch_size=size), evaluator()
-        questions.score(harness, lambda _: None).scores
+        questions.score(harness, lambda _: None)
         with memory_of(model.model, 10_000) as tried:
-            questions.score(harness, lambda _: None).scores
+            questions.score(harness, lambda _: None)
         # The longest request: six characters, four new tokens.
         assert max(tried) <= size * 10
 

@@ -93,7 +93,16 @@ def scores_of(output: Path) -> dict[str, list[QuestionScore]]:
 def show_result(output: Path, judge: str = "m") -> dict[str, float]:
     """What FastChat's own command prints: model → mean over all turns."""
     path = output / "model_judgment" / f"{judge}_single.jsonl"
-    command = ["-W", "ignore", "-m", "fastchat.llm_judge.show_result", "--bench-name", "mt_bench", "--input-file", str(path)]
+    command = [
+        "-W",
+        "ignore",
+        "-m",
+        "fastchat.llm_judge.show_result",
+        "--bench-name",
+        "mt_bench",
+        "--input-file",
+        str(path),
+    ]
     shown = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True).stdout
     average = shown.partition("########## Average ##########")[2]
     return {name: float(score) for name, score in re.findall(r"^([\w\-]+) +([\d.]+)$", average, flags=re.MULTILINE)}
@@ -220,9 +229,7 @@ def refuses(share: float, seed: int = 0) -> Any:
     return rule
 
 
-def test_unscored_answers_are_left_out_and_shown(
-    trio: Trio, bench: Path, server: JudgeServer, tmp_path: Path
-) -> None:
+def test_unscored_answers_are_left_out_and_shown(trio: Trio, bench: Path, server: JudgeServer, tmp_path: Path) -> None:
     server.rule = refuses(0.15)
     output = tmp_path / "run"
     assert main(flags(trio, bench, output, server, "--max_unscored", "0.9")) == 0
@@ -303,8 +310,8 @@ def test_the_run_stops_before_the_judge_costs_too_much(
     ]
     short = tmp_path / "short.jsonl"  # what is set aside for a request is by the bytes of its prompt
     short.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    prices = ("--judge_price_in", "1000", "--judge_price_out", "1000", "--judge_max_tokens", "16")
-    prices += ("--judge_file", str(short))
+    prices = ["--judge_price_in", "1000", "--judge_price_out", "1000", "--judge_max_tokens", "16"]
+    prices += ["--judge_file", str(short)]
     ledger = output / "judge_usage.jsonl"
     for limit in (0.5, 1.0):
         assert main(flags(trio, bench, output, server, *prices, "--max_judge_cost", str(limit))) == 1
@@ -421,7 +428,12 @@ def test_another_judge_or_another_question_is_another_study(
         assert main(flags(trio, bench, output, other, "--n_trials", "3")) == 0
     finally:
         other.stop()
-    for change in (["--judge_model", "openai:n"], ["--judge_file", "en"], ["--question_seed", "1"], ["--temperature", "0"]):
+    for change in (
+        ["--judge_model", "openai:n"],
+        ["--judge_file", "en"],
+        ["--question_seed", "1"],
+        ["--temperature", "0"],
+    ):
         assert main(flags(trio, bench, output, server, "--n_trials", "3", *change)) == 2
         assert "holds a study of another configuration" in capsys.readouterr().err
 

@@ -63,7 +63,7 @@ def test_a_study_that_stops_anywhere_ends_like_one_that_does_not(sampler: str, t
         study = open_study(stopped, sampler=sampler)
         with pytest.raises(Killed):
             study.run_trial(die)
-        study.scores.append(score(dict.fromkeys(NAMES, 9.0)), model="merge", trial=n_trials, split="search")
+        study.scores.append(score(dict.fromkeys(NAMES, 9.0), 0).scores, model="merge", trial=n_trials, split="search")
         with study.scores.path.open("a") as file:
             file.write('{"model": "merge", "tri\n\0\0\0\n{"model"')
         study.close()

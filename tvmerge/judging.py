@@ -43,7 +43,6 @@ __all__ = [
     "JudgedQuestions",
     "find_bench",
     "find_prompts",
-    "judged_questions",
     "open_judged",
     "trial_name",
 ]
@@ -215,8 +214,8 @@ def open_judge(config: MtBenchConfig, output: Path, bench: Bench, *, device: str
         return
     if config.max_judge_cost is not None and prices_of(config) is None:
         raise ConfigError(
-            f"--max_judge_cost {config.max_judge_cost:g}: the prices of {name} are not known, give --judge_price_in and "
-            "--judge_price_out"
+            f"--max_judge_cost {config.max_judge_cost:g}: the prices of {name} are not known, give --judge_price_in "
+            "and --judge_price_out"
         )
     prompts, which = find_prompts(config, bench)
     client = _client(config, device)
@@ -349,8 +348,8 @@ def _answerable(bench: Bench, judge: str) -> list[int]:
         for question in bench.questions:
             if len(question.turns) > MAX_TURNS:
                 raise TaskError(
-                    f"bench {bench.name}, question {question.question_id!r}: has {len(question.turns)} turns, and judge "
-                    f"prompts show {MAX_TURNS}"
+                    f"bench {bench.name}, question {question.question_id!r}: has {len(question.turns)} turns, and "
+                    f"judge prompts show {MAX_TURNS}"
                 )
         return list(range(len(bench.questions)))
     return [index for index, question in enumerate(bench.questions) if question.references is not None]

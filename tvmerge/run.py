@@ -14,7 +14,6 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from tvmerge.checkpoint import Checkpoint, Header
-from tvmerge.judging import open_judged, trial_name
 from tvmerge.config import JglueConfig, MtBenchConfig, SearchConfig
 from tvmerge.errors import CheckpointError, ConfigError, RecipeError, RunError
 from tvmerge.evaluators import (
@@ -29,6 +28,7 @@ from tvmerge.evaluators import (
 )
 from tvmerge.files import check_output, local_path, remove_staged, staged_directory, write_text
 from tvmerge.hub import ModelId
+from tvmerge.judging import open_judged, trial_name
 from tvmerge.merge import Merge
 from tvmerge.models.transformers import TransformersModel, load_tokenizer, unread_by_all
 from tvmerge.progress import RunProgress
@@ -198,7 +198,7 @@ class SearchRun:
     def run(self) -> None:
         """Run the trials that are not done yet, then prove and save the best."""
         progress = RunProgress(n_trials=self.config.n_trials, n_finished=self.study.n_finished)
-        for note in [*self.questions.notes, *getattr(self.asked, 'notes', [])]:
+        for note in [*self.questions.notes, *getattr(self.asked, "notes", [])]:
             progress.note(note)
         self.questions.resume([result.number for result in self.study.results()])
         heldout = self.questions.heldout.n_questions if self.questions.heldout else 0

@@ -27,7 +27,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from tvmerge.errors import InputError, StopError, RunError, StudyError
+from tvmerge.errors import InputError, RunError, StopError, StudyError
 from tvmerge.evaluators import Goals, QuestionScore, Scored, mean_score, task_scores
 from tvmerge.files import write_text
 from tvmerge.samplers import SeededSampler

@@ -114,6 +114,7 @@ class MergeConfig:
 
 
 def listed(value: Sequence[str] | str | None) -> list[str]:
+    """A setting that takes several values, as a list."""
     return [] if value is None else [value] if isinstance(value, str) else list(value)
 
 

@@ -44,8 +44,8 @@ class MtBenchConfig(SearchConfig):
         max_new_token: most tokens of an answer
         num_choices: answers to each question, all of them judged
         temperature: of all answers; default is FastChat's for the category of each question
-        chat_template: none puts the questions as they are; a .jinja file; a name of FastChat, as llama-2; default is the
-            template of the target's tokenizer
+        chat_template: none puts the questions as they are; a .jinja file; a name of FastChat, as llama-2; default is
+            the template of the target's tokenizer
     """
 
     NOT_IDENTITY: ClassVar[frozenset[str]] = SearchConfig.NOT_IDENTITY | {

@@ -63,8 +63,8 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
     def notes(self) -> list[str]:
         """What the user should know of the requests."""
         return [
-            f"task {task}: {n} requests are longer than the {self.max_length} tokens that the model takes: they are cut "
-            "from the left"
+            f"task {task}: {n} requests are longer than the {self.max_length} tokens that the model takes: they are "
+            "cut from the left"
             for task, n in self.n_cut.items()
         ]
 

@@ -1,21 +1,18 @@
-"""Rewrites `question.jsonl`: questions of the demo's tasks, which its tiny models can answer, as a bench.
+"""Rewrites `benchmarks/toy/question.jsonl`: questions of the demo's tasks, which its tiny models can answer.
 
-`python benchmarks/toy/make.py` takes no arguments; what it writes depends on the demo's question files alone.
+`python demo/make_bench.py` takes no arguments; what it writes depends on the demo's question files alone.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from itertools import islice
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "demo"))
-
 import world
 
-HERE = Path(__file__).resolve().parent
-DEMO = Path(world.__file__).resolve().parent
+DEMO = Path(__file__).resolve().parent
+BENCH = DEMO.parent / "benchmarks" / "toy"
 QUESTIONS_PER_TASK = 60
 #: The tasks in the order in which the bench takes turns with them, and what it calls them.
 CATEGORIES = {
@@ -57,4 +54,4 @@ def to_lines(questions: list[world.Record]) -> str:
 
 
 if __name__ == "__main__":
-    (HERE / "question.jsonl").write_text(to_lines(make_questions()), encoding="utf-8", newline="\n")
+    (BENCH / "question.jsonl").write_text(to_lines(make_questions()), encoding="utf-8", newline="\n")
