@@ -8,17 +8,21 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import world
 from jglue import ROUNDS, Timer, live, seconds, table
 
 from tvmerge.models.chat import ChatModel, ChatRequest
 from tvmerge.models.chat_template import open_template
 from tvmerge.models.transformers import TransformersModel
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))  # a folder of scripts, too
+
+import world
 
 __all__ = ["Measured", "compare", "continuations", "questions"]
 
@@ -87,11 +91,10 @@ def compare(
     expected = one_at_a_time(model, prompts, max_new_tokens=max_new_tokens)
     answers = chat.answer(requests)
     ways: list[tuple[float, float, float, float]] = []
-    run: Callable[[], object] = lambda: chat.answer(requests)  # noqa: E731
     for _ in range(rounds):
         alone = seconds(lambda: one_at_a_time(model, prompts, max_new_tokens=max_new_tokens))
         one = seconds(lambda: single.answer(requests))
-        ways.append((alone, one, *timer.of(run)))
+        ways.append((alone, one, *timer.of(lambda: chat.answer(requests))))
     alone, one, batched, forward = (statistics.median(each) for each in zip(*ways, strict=True))
     return Measured(
         alone=alone,
@@ -109,7 +112,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--n_prompts", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--threads", type=int, help="of torch; as many as it likes if not given")
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     rows = []
     for what, prompts, longest in (
         ("questions", questions(options.n_prompts), 16),
