@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-SCRIPTS = [ROOT / "perf" / name for name in ("merge.py", "jglue.py")]
+SCRIPTS = [ROOT / "perf" / name for name in ("merge.py", "jglue.py", "generation.py")]
 
 
 def load(path: Path) -> ModuleType:
@@ -69,7 +69,20 @@ def test_what_shared_prompts_save_is_measured_and_no_answer_differs(tmp_path: Pa
     assert jglue.n_distinct([[1, 2, 3], [1, 2, 4, 5], [1, 2], [7], [7]]) == 3 + 2 + 1
 
 
-@pytest.mark.parametrize(("script", "flag"), list(zip(SCRIPTS, ("--mergekit", "--n_questions"), strict=True)))
+@pytest.mark.usefixtures("perf")
+def test_answers_in_batches_are_measured_and_none_differs() -> None:
+    generation = load(SCRIPTS[2])
+    model = generation.live(generation.MODELS / "tuned", "float32")
+    prompts = [*generation.questions(8), *generation.continuations(4)]
+    assert len(set(prompts)) == 12
+    found = generation.compare(model, prompts, max_new_tokens=16, rounds=1)
+    assert found.alone > found.batched > found.forward > 0
+    assert found.differ == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"), list(zip(SCRIPTS, ("--mergekit", "--n_questions", "--n_prompts"), strict=True))
+)
 def test_help_says_what_can_be_measured(script: Path, flag: str) -> None:
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True)
     assert flag in done.stdout

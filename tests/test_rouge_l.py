@@ -23,8 +23,8 @@ OURS = RougeScorer(["rougeL"], tokenizer=Tokens())
 
 
 @given(
-    st.lists(st.sampled_from(["the", "cat", "sat", "on", "a", "mat", "dog"])),
-    st.lists(st.sampled_from(["the", "cat", "on", "mat"])),
+    st.lists(st.sampled_from(["the", "cat", "sat", "on", "a"])),
+    st.lists(st.sampled_from(["the", "cat", "on"])),
 )
 def test_english_is_scored_as_by_the_package(answer: list[str], reference: list[str]) -> None:
     if not answer or not reference:

@@ -106,7 +106,7 @@ def test_another_configuration_is_refused_with_what_differs(tmp_path: Path) -> N
 def test_a_new_study_takes_no_scores_of_an_old_one(tmp_path: Path) -> None:
     run(tmp_path, 4)
     study = open_study(tmp_path)
-    study.scores.append(score(dict.fromkeys(NAMES, 1.0)), model="tuned", trial=None, split="heldout")
+    study.scores.append(score(dict.fromkeys(NAMES, 1.0), 0).scores, model="tuned", trial=None, split="heldout")
     study.close()
     (tmp_path / "study.db").unlink()
     study = open_study(tmp_path, identity={"mode": "another"})

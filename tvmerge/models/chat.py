@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +33,10 @@ _LEAST_TEMPERATURE = 1e-4
 _REMEMBERED_TOKENS = 1 << 22
 #: What a model takes, prompt and answer, where nothing says how much; as lm-eval has it.
 _DEFAULT_LENGTH = 2048
+_SLOW = (
+    "answers are made by model.generate, one prompt at a time, which is slow: the model keeps no cache of the usual "
+    "kind, or its generation_config.json has settings that are not known here"
+)
 #: Tokenizers that know no greatest length say a number like 10^30.
 _NO_LENGTH = 10**18
 
@@ -88,14 +92,7 @@ class ChatModel:
         self._n_remembered = 0
         self._here = can_generate_here(model.model, drawn=True)
         #: What a report should say of how answers are made.
-        self.note = (
-            None
-            if self._here
-            else (
-                "answers are made by model.generate, one prompt at a time, which is slow: the model keeps no cache of the "
-                "usual kind, or its generation_config.json has settings that cannot be batched here"
-            )
-        )
+        self.notes = [] if self._here else [_SLOW]
 
     def answer(
         self, requests: Sequence[ChatRequest], done: Callable[[int, ChatAnswer], None] | None = None
@@ -123,8 +120,7 @@ class ChatModel:
                 tell(index, ChatAnswer(None, made, 0))
             else:
                 asked[index] = made
-        for index, found in self._generate(asked, tell):
-            tell(index, found)
+        self._generate(asked, lambda index, answer: tell(index, self._chat_answer(asked[index], answer)))
         return [answers[index] for index in range(len(requests))]
 
     def _prepare(self, request: ChatRequest) -> GenerationRequest | str:
@@ -157,19 +153,17 @@ class ChatModel:
             self._n_remembered -= len(self._remembered.popitem(last=False)[1])
         return ids
 
-    def _generate(
-        self, asked: Mapping[int, GenerationRequest], tell: Callable[[int, ChatAnswer], None]
-    ) -> Iterator[tuple[int, ChatAnswer]]:
-        indices, requests = list(asked), list(asked.values())
+    def _generate(self, asked: Mapping[int, GenerationRequest], done: Callable[[int, Answer], None]) -> None:
         if not self._here:
             for index, request in asked.items():
-                yield index, self._chat_answer(request, self._slowly(request))
+                done(index, self._slowly(request))
             return
+        indices = list(asked)
         self._generator.run(
             self._model,
-            requests,
+            list(asked.values()),
             budget=self.budget,
-            done=lambda row, answer: tell(indices[row], self._chat_answer(requests[row], answer)),
+            done=lambda row, answer: done(indices[row], answer),
             max_rows=self._max_rows,
         )
 

@@ -167,6 +167,10 @@ def _of_fastchat(name: str) -> ChatTemplate:
         conversation.append_message(conversation.roles[1], None)
         return str(conversation.get_prompt())
 
+    try:
+        write(_TURNS)
+    except Exception as error:
+        raise ConfigError(f"chat template {name} of FastChat's cannot write a chat: {_one_line(error)}") from error
     found: Any = get_conv_template(name)
     stop = [found.stop_str] if isinstance(found.stop_str, str) else found.stop_str or []
     ids = frozenset(map(int, found.stop_token_ids or ()))

@@ -17,7 +17,7 @@ __all__ = ["NO_TOKEN", "Rows"]
 
 #: Stands for a token where the greatest logit is no finite number.
 NO_TOKEN = -1
-#: Columns that a mask is made wider than it must be, so that most steps take a slice of it.
+#: Columns that masks and caches are made wider than they must be, so that most steps take a slice of them.
 _SPARE_COLUMNS = 64
 
 
@@ -35,9 +35,10 @@ class Rows:
         self.logits: torch.Tensor
         config = model.config.get_text_config(decoder=True)
         self._cache = DynamicCache(config=config)
+        self._cache.layers = [_RoomyLayer() if type(each) is DynamicLayer else each for each in self._cache.layers]
         # Of a cache of another kind it is not known here how it is padded; chunks are counted from a text's beginning.
         self.joins = getattr(config, "attention_chunk_size", None) is None and all(
-            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in self._cache.layers
+            type(layer) in (_RoomyLayer, DynamicSlidingWindowLayer) for layer in self._cache.layers
         )
         # Of the class: what wraps a model's forward need not keep its signature.
         accepted = _parameters(type(model).forward)
@@ -159,6 +160,41 @@ class Rows:
         ids = torch.where(places >= starts, ids, n_tokens)
         seen = torch.zeros(len(ids), n_tokens + 1, dtype=torch.bool, device=ids.device)
         return seen.scatter_(1, ids, True)[:, :-1]
+
+
+class _RoomyLayer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed for us
+    """A cache of keys and values that is not copied at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._given: torch.Tensor | None = None  # the keys as the last update left them
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Put states behind those that are held: (rows, heads, tokens, size) each, in the model's dtype."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        # Rows that left, joined or were cropped have made other tensors of what was held.
+        if self._buffers is None or self._given is not self.keys or self._buffers[0].shape[-2] < end:
+            self._buffers = _roomy(self.keys, end), _roomy(self.values, end)
+        keys, values = self._buffers
+        keys[:, :, start:end], values[:, :, start:end] = key_states, value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        self._given = self.keys
+        return self.keys, self.values
+
+
+def _roomy(states: torch.Tensor, width: int) -> torch.Tensor:
+    """States at the beginning of a tensor that has room for more columns."""
+    rows, heads, held, size = states.shape
+    buffer = states.new_empty(rows, heads, width + _SPARE_COLUMNS, size)
+    buffer[:, :, :held] = states
+    return buffer
 
 
 def _join_layers(ours: Any, theirs: Any, width: int) -> None:
