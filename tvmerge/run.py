@@ -198,7 +198,7 @@ class SearchRun:
     def run(self) -> None:
         """Run the trials that are not done yet, then prove and save the best."""
         progress = RunProgress(n_trials=self.config.n_trials, n_finished=self.study.n_finished)
-        for note in [*self.questions.notes, *getattr(self.asked, "notes", [])]:
+        for note in [*self.questions.notes, *self.asked.notes]:
             progress.note(note)
         self.questions.resume([result.number for result in self.study.results()])
         heldout = self.questions.heldout.n_questions if self.questions.heldout else 0
