@@ -281,7 +281,7 @@ def _key(variable: str, *, needed: bool) -> str:
     key = os.environ.get(variable, "").strip()  # a key from a file often ends with a line feed
     if not key and needed:
         raise ConfigError(f"{variable} is not set: put the judge's key there")
-    if not key.isascii() or any(character.isspace() for character in key):
+    if not (key.isascii() and key.isprintable()) or " " in key:
         raise ConfigError(f"{variable} holds characters that no key has, set it again")
     return key or NO_KEY
 
