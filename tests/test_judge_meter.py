@@ -137,6 +137,23 @@ def test_what_is_set_aside_is_the_worst_case() -> None:
     assert meter.total.cost == pytest.approx(2 * worst)
 
 
+def test_the_frame_of_a_chat_is_set_aside_too() -> None:
+    meter = Meter(path=None, judge="m", prices=Prices(1e6, 0), max_cost=64.0 + 1)  # 1 USD a token
+    with pytest.raises(BudgetError):
+        meter.reserve(Prompt("n", "", "ab"), 100, name="t")
+    assert meter.reserve(Prompt("n", "", "a"), 100, name="t") is not None
+
+
+def test_what_was_set_aside_for_failures_comes_back(server: JudgeServer) -> None:
+    server.rule = lambda request, earlier: "ok" if request.prompt[-1] == "9" else "400"
+    meter = Meter(path=None, judge="m", prices=PRICES, max_cost=0.001)  # one request's worst case, and no two
+    with judge_of(client_of(server), meter=meter, parallel=4) as judge:
+        futures = [judge.submit(case_of(i)) for i in range(10)]
+        judge.finish()
+        assert [future.result(0).rating is None for future in futures] == [True] * 9 + [False]
+    assert server.at_once == 1
+
+
 def test_the_limit_holds_with_many_at_once_and_the_run_goes_on(server: JudgeServer, tmp_path: Path) -> None:
     """The limit is raised until all are rated; what was paid for is not asked again."""
     server.delay = 0.005

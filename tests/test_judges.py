@@ -235,6 +235,20 @@ def test_what_fails_for_all_stops_all(
     assert len(server.requests) < 100
 
 
+def test_what_fails_for_all_does_not_wait_for_what_hangs(server: JudgeServer) -> None:
+    server.rule = lambda request, earlier: "401" if request.prompt == prompt_of("bad") else "hang"
+    with judge_of(client_of(server, timeout=60), parallel=2) as judge:
+        hanging = judge.submit(case_of("hang"))
+        started = time.monotonic()
+        while not server.requests:
+            assert time.monotonic() - started < 5
+        judge.submit(case_of("bad"))
+        judge.finish()
+        assert time.monotonic() - started < 5
+        with pytest.raises(ConfigError, match="is refused"):
+            hanging.result(0)
+
+
 def test_a_fault_of_ours_is_not_lost(server: JudgeServer) -> None:
     def broken(case: Any) -> Prompt:
         raise KeyError(case.answers[0])

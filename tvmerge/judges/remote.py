@@ -156,8 +156,8 @@ class RemoteClient(ABC):
                 failure = JudgeError(f"{self.base_url}: {self._in_one_line(_cause(error))}")
             else:
                 return self._completion(prompt, response)
-            # Not `from`: a traceback would show what the server sent, and it may have sent the key.
-            raise failure from None
+            # Here, not above: chained, a traceback would show what the server sent, and it may have sent the key.
+            raise failure
 
     async def close(self) -> None:
         """Let connections go."""
