@@ -161,6 +161,7 @@ def test_what_passes_is_tried_again(server: JudgeServer, provider: str, fault: s
         ("no-fields", "replied with no ", 1),
         ("error-200", "upstream is down", 1),
         ("400", "HTTP 400, this prompt is too long", 1),
+        ("echo-400", "HTTP 400, too long", 1),
         ("empty", "the judge's text is empty", 1),
         ("refusal", "the judge refused", 1),
         ("filter", "", 1),
@@ -213,6 +214,7 @@ def test_the_deadline_holds(server: JudgeServer, provider: str, fault: str) -> N
         ("403", ConfigError, "may not use this model"),
         ("404", ConfigError, "check the model's name"),
         ("quota", RunError, "add credit"),
+        ("credit", RunError, "add credit"),
     ],
 )
 def test_what_fails_for_all_stops_all(

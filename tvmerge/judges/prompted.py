@@ -120,7 +120,7 @@ class PromptedJudge:
             raise
         except RunError as error:
             raise ConfigError(
-                f"the judge {self._name} cannot be asked: {error}; mend it or name another judge"
+                f"the judge {self._name} cannot be asked: {error}; mend this or name another judge"
             ) from None
 
     def submit(self, case: Case) -> Future[Judgment]:

@@ -193,7 +193,7 @@ class RemoteClient(ABC):
 
     def _leave_out(self, error: Any, without: frozenset[str]) -> bool:
         """Whether the server refused a parameter that can be left out; remembers it."""
-        body = error.response.text
+        body = _message(error.response.text)  # not the whole of it, which may hold the prompt
         if error.status_code not in (400, 422) or not UNSUPPORTED.search(body):
             return False
         # The one named first is the refused one: OpenAI's message goes on with what to use instead.
