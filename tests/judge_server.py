@@ -39,6 +39,12 @@ ERRORS: dict[str, tuple[int, dict[str, str], Any]] = {
     "429-soon": (429, SOON, {"error": {"message": "slow down"}}),
     "429-long": (429, {"retry-after": "100000"}, {"error": {"message": "slow down"}}),
     "quota": (429, SOON, {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}),
+    "credit": (400, {}, {"error": {"message": "Your credit balance is too low to access the API."}}),
+    "echo-400": (
+        400,
+        {},
+        {"error": {"message": "too long"}, "input": "which temperature is unsupported by max_completion_tokens?"},
+    ),
     "500-soon": (500, SOON, {"error": {"message": "it broke"}}),
     "echo-500": (500, SOON, {"error": {"message": f"it broke at {'x' * 280} Bearer {KEY}"}}),
     "html-502": (502, SOON, HTML),

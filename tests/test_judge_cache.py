@@ -165,6 +165,24 @@ def test_threads_share_a_cache(tmp_path: Path) -> None:
     cache.close()
 
 
+def test_who_finds_the_cache_locked_waits(tmp_path: Path) -> None:
+    path = tmp_path / "c.db"
+    cache = JudgmentCache(path)
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    unlock = threading.Timer(0.5, other.execute, ["COMMIT"])
+    unlock.start()
+    started = time.monotonic()
+    assert cache.get("k") is None  # readers do not wait
+    assert time.monotonic() - started < 0.4
+    cache.put("k", Completion("a", 1, 1))
+    assert time.monotonic() - started > 0.4
+    assert cache.get("k") == Completion("a", 1, 1)
+    unlock.join()
+    other.close()
+    cache.close()
+
+
 def test_processes_share_a_cache(server: JudgeServer, tmp_path: Path) -> None:
     """Both make the file at once; a case is asked twice at most, when both are at it at the same time."""
     processes = [start(server, tmp_path / "c.db", 100) for _ in range(2)]

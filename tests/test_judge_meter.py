@@ -12,6 +12,8 @@ from judge_server import TOKENS_IN, TOKENS_OUT, JudgeServer, case_of, client_of,
 from tvmerge.errors import BudgetError, ConfigError, RunError
 from tvmerge.judges import Completion, Prompt
 from tvmerge.judges.meter import KNOWN_PRICES, LEDGER, Meter, Prices, Usage, known_prices
+from tvmerge.judges.providers import make_client
+from tvmerge.judges.remote import ClientSettings
 
 PRICES = Prices(2.0, 8.0)
 EACH = (TOKENS_IN * 2 + TOKENS_OUT * 8) / 1e6  # USD of one answer
@@ -135,6 +137,23 @@ def test_what_is_set_aside_is_the_worst_case() -> None:
     assert meter.total.cost == pytest.approx(2 * worst)
 
 
+def test_the_frame_of_a_chat_is_set_aside_too() -> None:
+    meter = Meter(path=None, judge="m", prices=Prices(1e6, 0), max_cost=64.0 + 1)  # 1 USD a token
+    with pytest.raises(BudgetError):
+        meter.reserve(Prompt("n", "", "ab"), 100, name="t")
+    assert meter.reserve(Prompt("n", "", "a"), 100, name="t") is not None
+
+
+def test_what_was_set_aside_for_failures_comes_back(server: JudgeServer) -> None:
+    server.rule = lambda request, earlier: "ok" if request.prompt[-1] == "9" else "400"
+    meter = Meter(path=None, judge="m", prices=PRICES, max_cost=0.001)  # one request's worst case, and no two
+    with judge_of(client_of(server), meter=meter, parallel=4) as judge:
+        futures = [judge.submit(case_of(i)) for i in range(10)]
+        judge.finish()
+        assert [future.result(0).rating is None for future in futures] == [True] * 9 + [False]
+    assert server.at_once == 1
+
+
 def test_the_limit_holds_with_many_at_once_and_the_run_goes_on(server: JudgeServer, tmp_path: Path) -> None:
     """The limit is raised until all are rated; what was paid for is not asked again."""
     server.delay = 0.005
@@ -175,10 +194,23 @@ def test_no_money_is_enough_for_what_is_known(server: JudgeServer, tmp_path: Pat
 
 
 def test_known_prices() -> None:
-    assert known_prices("gpt-4o") == known_prices("gpt-4o-2024-08-06") == Prices(2.5, 10)
-    assert known_prices("gpt-4o-2024-05-13") == Prices(5, 15)
-    assert known_prices("claude-haiku-4-5-20251001") == Prices(1, 5)
-    assert known_prices("claude-3-5-haiku-latest") == Prices(0.8, 4)
+    openai, anthropic = "https://api.openai.com/v1", "https://api.anthropic.com"
+    assert known_prices("gpt-4o", openai) == known_prices("gpt-4o-2024-08-06", openai) == Prices(2.5, 10)
+    assert known_prices("gpt-4o-2024-05-13", openai) == Prices(5, 15)
+    assert known_prices("claude-haiku-4-5-20251001", anthropic) == Prices(1, 5)
+    assert known_prices("claude-3-5-haiku-latest", anthropic) == Prices(0.8, 4)
+    assert known_prices("gpt-4o", "http://localhost:8000/v1") is None
     for other in ("gpt-5-pro", "gpt-5.1", "gpt-4o-audio-preview", "claude-opus-4-8", "llama3:8b", "gpt-4-32k"):
-        assert known_prices(other) is None
+        assert known_prices(other, openai) is None
     assert all(prices.output > prices.input > 0 for prices in KNOWN_PRICES.values())
+
+
+def test_the_addresses_of_the_list_prices(monkeypatch: pytest.MonkeyPatch) -> None:
+    for provider, model in (("openai", "gpt-4o"), ("anthropic", "claude-opus-4-5")):
+        monkeypatch.setenv(f"{provider.upper()}_API_KEY", "sk-0123456789")
+        monkeypatch.delenv(f"{provider.upper()}_BASE_URL", raising=False)
+        assert known_prices(model, make_client(provider, ClientSettings(model=model)).base_url) is not None
+        monkeypatch.setenv(f"{provider.upper()}_BASE_URL", "http://localhost:1/v1/")
+        client = make_client(provider, ClientSettings(model=model))
+        assert client.base_url == client.identity["base_url"] == "http://localhost:1/v1"
+        assert known_prices(model, client.base_url) is None

@@ -30,8 +30,8 @@ LASTING = {
     "refusal": "refused",
     "empty": "empty",
     "no-choices": "",
-    "hang": "4 seconds",
-    "trickle": "4 seconds",
+    "hang": "3 seconds",
+    "trickle": "3 seconds",
     "silent": "no rating in the judge's text",
 }
 FAULTS = sorted([*PASSING, *LASTING])
@@ -43,6 +43,8 @@ def fault_of(prompt: str) -> tuple[str, int]:
     if seed % 5:
         return "ok", 0
     fault = FAULTS[seed // 5 % len(FAULTS)]
+    if fault in ("hang", "trickle") and seed % 3:  # each takes three seconds
+        fault = "cut"
     lasts = fault in LASTING or (seed // 5 // len(FAULTS)) % 4 == 0
     return fault, 99 if lasts else 1 + seed % RETRIES
 
@@ -84,8 +86,8 @@ def test_none_is_lost_and_none_is_asked_in_vain(server: JudgeServer, provider: s
     started = time.monotonic()
     meter = Meter(path=tmp_path / LEDGER, judge="m", prices=Prices(1, 1), max_cost=10.0)
     client = client_of(server, provider, max_retries=RETRIES, timeout=30)
-    # Longer than two waits after a cut connection would be slow for those that hang: these are few.
-    rig = judge_of(client, meter=meter, cache=tmp_path / "c.db", parallel=PARALLEL, deadline=4.0)
+    # Two waits after cut connections are 1.5 seconds; those that hang take all of it.
+    rig = judge_of(client, meter=meter, cache=tmp_path / "c.db", parallel=PARALLEL, deadline=3.0)
     with rig as judge:
         futures = [judge.submit(case_of(i)) for i in range(COUNT)]
         judge.finish()
@@ -101,15 +103,14 @@ def test_none_is_lost_and_none_is_asked_in_vain(server: JudgeServer, provider: s
             assert ({**PASSING, **LASTING}[fault]) in (judgment.reason or ""), (fault, judgment.reason)
         assert server.asked[prompt] in requests_of(prompt), (fault, server.asked[prompt])
         outcomes[fault] += 1
-    assert all(outcomes[fault] >= 10 for fault in FAULTS)
+    assert all(outcomes[fault] >= 5 for fault in FAULTS)
     assert 0.15 < 1 - outcomes["ok"] / COUNT < 0.25
     assert server.at_once <= PARALLEL + outcomes["hang"] + outcomes["trickle"]  # the server learns late who has left
     assert time.monotonic() - started < 60
 
     answered = meter.total.requests
     assert meter.total.tokens_in == answered * TOKENS_IN
-    kept = sum(j.reason is None or any(s in j.reason for s in ("refused", "empty", "choices")) for j in judgments)
-    assert answered == kept + 2 * outcomes["silent"]
+    assert answered == sum(server.faults[each] for each in ("ok", "silent", "refusal", "empty", "no-choices"))
     before = sum(server.asked.values())
     with judge_of(client_of(server, provider), cache=tmp_path / "c.db") as judge:
         futures = [judge.submit(case_of(i)) for i in range(COUNT) if fault_of(render(case_of(i)).user)[0] == "ok"]

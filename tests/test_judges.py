@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -12,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from judge_server import KEY, TOKENS_IN, TOKENS_OUT, JudgeServer, Rig, case_of, client_of, judge_of, rating_of, render
 
 from tvmerge.errors import ConfigError, JudgeError, RunError
@@ -155,6 +161,7 @@ def test_what_passes_is_tried_again(server: JudgeServer, provider: str, fault: s
         ("no-fields", "replied with no ", 1),
         ("error-200", "upstream is down", 1),
         ("400", "HTTP 400, this prompt is too long", 1),
+        ("echo-400", "HTTP 400, too long", 1),
         ("empty", "the judge's text is empty", 1),
         ("refusal", "the judge refused", 1),
         ("filter", "", 1),
@@ -207,6 +214,7 @@ def test_the_deadline_holds(server: JudgeServer, provider: str, fault: str) -> N
         ("403", ConfigError, "may not use this model"),
         ("404", ConfigError, "check the model's name"),
         ("quota", RunError, "add credit"),
+        ("credit", RunError, "add credit"),
     ],
 )
 def test_what_fails_for_all_stops_all(
@@ -227,6 +235,20 @@ def test_what_fails_for_all_stops_all(
         assert advice in str(error)
         assert "\n" not in str(error)
     assert len(server.requests) < 100
+
+
+def test_what_fails_for_all_does_not_wait_for_what_hangs(server: JudgeServer) -> None:
+    server.rule = lambda request, earlier: "401" if request.prompt == prompt_of("bad") else "hang"
+    with judge_of(client_of(server, timeout=60), parallel=2) as judge:
+        hanging = judge.submit(case_of("hang"))
+        started = time.monotonic()
+        while not server.requests:
+            assert time.monotonic() - started < 5
+        judge.submit(case_of("bad"))
+        judge.finish()
+        assert time.monotonic() - started < 5
+        with pytest.raises(ConfigError, match="is refused"):
+            hanging.result(0)
 
 
 def test_a_fault_of_ours_is_not_lost(server: JudgeServer) -> None:
@@ -456,6 +478,37 @@ def test_close_leaves_a_server_that_hangs(server: JudgeServer) -> None:
     assert not [thread for thread in threading.enumerate() if thread.name == "judge"]
 
 
+INTERRUPTED = """
+import sys
+sys.path.insert(0, {tests!r})
+from judge_server import *
+with judge_of(make_client("openai", ClientSettings(model="m", base_url={url!r}))) as judge:
+    future = judge.submit(case_of(1))
+    judge.finish()
+"""
+
+
+def test_ctrl_c_ends_a_run_that_waits(server: JudgeServer) -> None:
+    server.rule = always("hang")
+    code = INTERRUPTED.format(tests=str(ROOT / "tests"), url=f"{server.url}/v1")
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", code],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    deadline = time.monotonic() + 60
+    while not server.requests:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    sent = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert time.monotonic() - sent < 5
+    assert errors.strip().endswith("KeyboardInterrupt")
+    assert errors.count("Traceback") == 1
+
+
 class LocalClient:
     """A language model that works only in the thread that waits."""
 
@@ -470,8 +523,6 @@ class LocalClient:
         self.failing = False
 
     async def complete(self, prompt: Prompt, *, attempt: int, retries: int | None = None) -> Completion:
-        import asyncio
-
         self.todo.append(prompt)
         while prompt.user not in self.done:
             await asyncio.sleep(0.005)

@@ -15,6 +15,8 @@ from typing import Any
 
 from tvmerge.errors import BudgetError, ConfigError, RunError
 from tvmerge.judges import Completion, Prompt
+from tvmerge.judges.anthropic import AnthropicClient
+from tvmerge.judges.openai import OpenAIClient
 from tvmerge.judges.remote import text_bytes
 
 __all__ = ["KNOWN_PRICES", "LEDGER", "Meter", "Prices", "Reservation", "Usage", "known_prices"]
@@ -78,12 +80,15 @@ KNOWN_PRICES: Mapping[str, Prices] = {
 }
 
 
-def known_prices(model: str) -> Prices | None:
+def known_prices(model: str, base_url: str) -> Prices | None:
     """The list price of a model at its provider's own address; None: not known.
 
     Args:
         model: its name; a date or `-latest` at its end does not matter.
+        base_url: where it is asked, as the client has it. A local server has no list price, whatever the model's name.
     """
+    if base_url not in (AnthropicClient.default_url, OpenAIClient.default_url):
+        return None
     undated = re.sub(r"-(\d{4}-\d\d-\d\d|\d{8}|latest)$", "", model)
     return KNOWN_PRICES.get(model) or KNOWN_PRICES.get(undated)
 

@@ -92,6 +92,7 @@ class PromptedJudge:
         self._changed = threading.Condition()
         self._open: set[Future[Any]] = set()
         self._failure: TvmergeError | None = None  # why no request is made any more
+        self._cancelled = False  # what was under way when it failed
 
     @property
     def name(self) -> str:
@@ -116,11 +117,13 @@ class PromptedJudge:
         try:
             future.result()
         except BudgetError:
-            self._failure = None
+            self._failure, self._cancelled = None, False
         except ConfigError:
             raise
         except RunError as error:
-            raise ConfigError(f"the judge {self._name} cannot be asked: {error}; nothing was run") from None
+            raise ConfigError(
+                f"the judge {self._name} cannot be asked: {error}; mend this or name another judge"
+            ) from None
 
     def submit(self, case: Case) -> Future[Judgment]:
         """Begin to judge a case, while others are under way.
@@ -141,6 +144,7 @@ class PromptedJudge:
         """Give up what is under way, and let connections go; within two seconds."""
         if self._failure is None:
             self._failure = RunError("the judge was closed before it had rated everything")
+        self._cancelled = True  # by the loop, which ends with a task of its own
         self._loop.stop(self._client.close)
         for future in list(self._open):  # of tasks that did not end when cancelled
             self._resolve(future, error=self._failure)
@@ -164,7 +168,9 @@ class PromptedJudge:
             self._resolve(future, result=task.result())
         else:
             self._failure = self._failure or _as_ours(error)
-            cancel_others()
+            if not self._cancelled:
+                self._cancelled = True
+                cancel_others()
             self._resolve(future, error=self._failure)
 
     def _resolve(self, future: Future[Any], *, result: Any = None, error: TvmergeError | None = None) -> None:

@@ -156,8 +156,8 @@ class RemoteClient(ABC):
                 failure = JudgeError(f"{self.base_url}: {self._in_one_line(_cause(error))}")
             else:
                 return self._completion(prompt, response)
-            # Not `from`: a traceback would show what the server sent, and it may have sent the key.
-            raise failure from None
+            # Here, not above: chained, a traceback would show what the server sent, and it may have sent the key.
+            raise failure
 
     async def close(self) -> None:
         """Let connections go."""
@@ -193,7 +193,7 @@ class RemoteClient(ABC):
 
     def _leave_out(self, error: Any, without: frozenset[str]) -> bool:
         """Whether the server refused a parameter that can be left out; remembers it."""
-        body = error.response.text
+        body = _message(error.response.text)  # not the whole of it, which may hold the prompt
         if error.status_code not in (400, 422) or not UNSUPPORTED.search(body):
             return False
         # The one named first is the refused one: OpenAI's message goes on with what to use instead.
@@ -281,7 +281,7 @@ def _key(variable: str, *, needed: bool) -> str:
     key = os.environ.get(variable, "").strip()  # a key from a file often ends with a line feed
     if not key and needed:
         raise ConfigError(f"{variable} is not set: put the judge's key there")
-    if not key.isascii() or any(character.isspace() for character in key):
+    if not (key.isascii() and key.isprintable()) or " " in key:
         raise ConfigError(f"{variable} holds characters that no key has, set it again")
     return key or NO_KEY
 
