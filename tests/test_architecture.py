@@ -36,6 +36,7 @@ ROOMS = [
     "report",
     "progress",
     "config",
+    "judging",
     "plan",
     "questions",
     "run",
