@@ -43,7 +43,7 @@ def fault_of(prompt: str) -> tuple[str, int]:
     if seed % 5:
         return "ok", 0
     fault = FAULTS[seed // 5 % len(FAULTS)]
-    if fault in ("hang", "trickle") and seed % 3:  # each takes three seconds
+    if fault in ("hang", "trickle") and seed // 5 // len(FAULTS) % 3:  # each takes three seconds
         fault = "cut"
     lasts = fault in LASTING or (seed // 5 // len(FAULTS)) % 4 == 0
     return fault, 99 if lasts else 1 + seed % RETRIES
@@ -103,7 +103,7 @@ def test_none_is_lost_and_none_is_asked_in_vain(server: JudgeServer, provider: s
             assert ({**PASSING, **LASTING}[fault]) in (judgment.reason or ""), (fault, judgment.reason)
         assert server.asked[prompt] in requests_of(prompt), (fault, server.asked[prompt])
         outcomes[fault] += 1
-    assert all(outcomes[fault] >= 5 for fault in FAULTS)
+    assert min(outcomes[fault] for fault in FAULTS) >= 5, outcomes
     assert 0.15 < 1 - outcomes["ok"] / COUNT < 0.25
     assert server.at_once <= PARALLEL + outcomes["hang"] + outcomes["trickle"]  # the server learns late who has left
     assert time.monotonic() - started < 60

@@ -142,9 +142,9 @@ class PromptedJudge:
 
     def close(self) -> None:
         """Give up what is under way, and let connections go; within two seconds."""
-        if self._failure is None:
-            self._failure = RunError("the judge was closed before it had rated everything")
-        self._cancelled = True  # by the loop, which ends with a task of its own
+        with self._changed:
+            self._failure = self._failure or RunError("the judge was closed before it had rated everything")
+            self._cancelled = True  # by the loop, which ends with a task of its own
         self._loop.stop(self._client.close)
         for future in list(self._open):  # of tasks that did not end when cancelled
             self._resolve(future, error=self._failure)
@@ -152,12 +152,12 @@ class PromptedJudge:
     def _start(self, work: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
         future.set_running_or_notify_cancel()  # what is begun is not cancelled by one who waits
-        if self._failure is not None:
-            future.set_exception(_again(self._failure))
-            return future
         with self._changed:
-            self._open.add(future)
-        self._loop.start(work, functools.partial(self._end, future))
+            if self._failure is not None:
+                future.set_exception(_again(self._failure))
+            else:
+                self._open.add(future)
+                self._loop.start(work, functools.partial(self._end, future))
         return future
 
     def _end(self, future: Future[Any], task: asyncio.Task[Any]) -> None:
