@@ -26,7 +26,7 @@ from tvmerge.judges.local import LOCAL, LocalClient
 from tvmerge.judges.meter import LEDGER, Meter, Prices, known_prices
 from tvmerge.judges.prompted import PromptedJudge
 from tvmerge.judges.prompts import MAX_TURNS, JudgePrompts, load_judge_prompts
-from tvmerge.judges.providers import make_client, parse_judge
+from tvmerge.judges.providers import PROVIDERS, make_client, parse_judge
 from tvmerge.judges.rating import read_rating
 from tvmerge.judges.remote import ClientSettings, RemoteClient
 from tvmerge.judges.rouge_l import RougeL
@@ -279,10 +279,10 @@ def prices_of(config: MtBenchConfig) -> Prices | None:
     """What the judge's tokens cost: as the user says, or what is known of the model; None: unknown."""
     if config.judge_price_in is not None and config.judge_price_out is not None:
         return Prices(config.judge_price_in, config.judge_price_out)
-    # At another address it is another one's price.
-    if config.judge_base_url or config.judge_model_name.startswith(LOCAL):
+    if config.judge_model_name.startswith(LOCAL):
         return None
-    return known_prices(parse_judge(config.judge_model_name)[1])
+    provider, model = parse_judge(config.judge_model_name)
+    return known_prices(model, PROVIDERS[provider].address(config.judge_base_url)[0])
 
 
 def _cache_file(config: MtBenchConfig) -> Path:

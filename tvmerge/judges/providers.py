@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from tvmerge.errors import ConfigError
 from tvmerge.judges.anthropic import AnthropicClient
@@ -12,7 +12,7 @@ from tvmerge.judges.remote import ClientSettings, RemoteClient
 __all__ = ["PROVIDERS", "make_client", "parse_judge"]
 
 #: name → client. A new provider is a file beside this one and a line here.
-PROVIDERS: Mapping[str, Callable[[ClientSettings], RemoteClient]] = {
+PROVIDERS: Mapping[str, type[RemoteClient]] = {
     "anthropic": AnthropicClient,
     "openai": OpenAIClient,
 }

@@ -84,12 +84,24 @@ class RemoteClient(ABC):
         self.settings = settings
         self.notes: list[str] = []  # what was found out about the server, for the user to read
         self._without: set[str] = set()  # parameters that the server does not take
-        named = settings.base_url or os.environ.get(self.url_variable, "").strip()
-        self.base_url = _checked_url(named or self.default_url)
-        key = _key(self.key_variable, needed=not named)
+        self.base_url, is_own = self.address(settings.base_url)
+        key = _key(self.key_variable, needed=is_own)
         self._secret = key if len(key) >= SECRET_LENGTH else None
         self._sdk: Any = _import(self.package)
         self._client: Any = self._connect(key, self._sdk.Timeout(settings.timeout, connect=CONNECT_SECONDS))
+
+    @classmethod
+    def address(cls, base_url: str | None) -> tuple[str, bool]:
+        """Where a model is asked, and whether that is the provider's own address.
+
+        Args:
+            base_url: as the user gave it; None: what the environment names, else the provider's own.
+
+        Raises:
+            ConfigError: it is no address.
+        """
+        named = base_url or os.environ.get(cls.url_variable, "").strip()
+        return _checked_url(named or cls.default_url), not named
 
     @property
     def name(self) -> str:
