@@ -192,7 +192,7 @@ class Meter:
                         return None
                     raise BudgetError(
                         f"the judge has cost {spent:.6f} USD, the next request could cost {worst:.6f} more, and the "
-                        f"limit is {self._max_cost} (max_cost): raise it, and the same command goes on"
+                        f"limit is {self._max_cost:g} (--max_judge_cost): raise it, and the same command goes on"
                     )
             reservation = Reservation(name=name, cost=worst)
             self._under_way.add(reservation)

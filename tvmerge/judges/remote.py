@@ -227,7 +227,7 @@ class RemoteClient(ABC):
         if status == 403:
             return ConfigError(f"{said}; the key in {self.key_variable} may not use this model")
         if status == 404:
-            return ConfigError(f"{said}; check the model's name and base_url")
+            return ConfigError(f"{said}; check --judge_model_name and --judge_base_url")
         if status == 402 or any(
             word in error.response.text for word in ("insufficient_quota", "credit balance is too")
         ):
@@ -308,11 +308,11 @@ def _checked_url(text: str) -> str:
         parts = urlsplit(text)
         port = parts.port
     except ValueError:
-        raise ConfigError("the judge's base_url is no address, write for instance http://localhost:8000/v1") from None
+        raise ConfigError("--judge_base_url: is no address, write for instance http://localhost:8000/v1") from None
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise ConfigError("the judge's base_url has a password or a query, put the key into the environment instead")
+        raise ConfigError("--judge_base_url: has a password or a query, put the key into the environment instead")
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or any(map(str.isspace, text)):
-        raise ConfigError(f"the judge's base_url {text} is no address, write for instance http://localhost:8000/v1")
+        raise ConfigError(f"--judge_base_url: {text} is no address, write for instance http://localhost:8000/v1")
     return text.rstrip("/")
 
 
