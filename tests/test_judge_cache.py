@@ -102,7 +102,7 @@ def test_the_second_run_asks_nothing(server: JudgeServer, tmp_path: Path) -> Non
     assert rig.meter.total.requests == 0
 
 
-def test_failures_are_asked_again_and_refusals_are_not(server: JudgeServer, tmp_path: Path) -> None:
+def test_failures_and_refusals_are_asked_again_by_the_next_process(server: JudgeServer, tmp_path: Path) -> None:
     faults = ["400", "bad-json", "hang", "html-200", "refusal", "empty"]
     server.rule = lambda request, earlier: faults[int(request.prompt[-1])] if not earlier else "ok"
     reasons = []
@@ -113,8 +113,18 @@ def test_failures_are_asked_again_and_refusals_are_not(server: JudgeServer, tmp_
             judge.finish()
             reasons.append([future.result(0).reason for future in futures])
     assert all(reasons[0])
-    assert reasons[1] == [None, None, None, None, *reasons[0][4:]]
-    assert [server.asked[render(case_of(i)).user] for i in range(len(faults))] == [2, 2, 2, 2, 1, 1]
+    assert reasons[1] == [None] * len(faults)
+    assert [server.asked[render(case_of(i)).user] for i in range(len(faults))] == [2] * len(faults)
+
+
+def test_a_refusal_is_not_asked_again_by_the_same_process(server: JudgeServer, tmp_path: Path) -> None:
+    server.rule = lambda request, earlier: "refusal"
+    with judge_of(client_of(server), cache=tmp_path / "c.db") as judge:
+        for _ in range(3):
+            future = judge.submit(case_of(1))
+            judge.finish()
+            assert "I cannot rate this" in str(future.result(0).reason)
+    assert server.asked[render(case_of(1)).user] == 1
 
 
 def test_a_file_that_is_no_cache(tmp_path: Path) -> None:

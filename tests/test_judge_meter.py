@@ -98,14 +98,28 @@ def test_tokens_without_cost_are_priced_later(tmp_path: Path) -> None:
 
 
 def test_a_ledger_that_cannot_be_written_stops_the_run(server: JudgeServer, tmp_path: Path) -> None:
-    path = tmp_path / "gone" / LEDGER
-    with judge_of(client_of(server), meter=Meter(path=path, judge="m"), parallel=1) as judge:
+    path = tmp_path / LEDGER
+    meter = Meter(path=path, judge="m")
+    path.mkdir()  # a folder in its place
+    with judge_of(client_of(server), meter=meter, parallel=1) as judge:
         futures = [judge.submit(case_of(i)) for i in range(9)]
         judge.finish()
         for future in futures:
-            with pytest.raises(RunError, match="cannot be written: No such file"):
+            with pytest.raises(RunError, match="cannot be written: Is a directory"):
                 future.result(0)
     assert len(server.requests) == 1
+
+
+def test_a_ledger_waits_for_its_folder(server: JudgeServer, tmp_path: Path) -> None:
+    path = tmp_path / "to be" / LEDGER
+    with judge_of(client_of(server), meter=Meter(path=path, judge="m")) as judge:
+        judge.check()
+        assert not path.parent.exists(), "a run that is refused leaves nothing"
+        path.parent.mkdir()
+        judge.submit(case_of(1))
+        judge.finish()
+    assert path.read_text().count("\n") == 2
+    assert Meter(path=path, judge="m").total.requests == 2
 
 
 def test_limits_that_cannot_work() -> None:

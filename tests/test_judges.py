@@ -212,7 +212,7 @@ def test_the_deadline_holds(server: JudgeServer, provider: str, fault: str) -> N
     [
         ("401", ConfigError, "_API_KEY is refused"),
         ("403", ConfigError, "may not use this model"),
-        ("404", ConfigError, "check the model's name"),
+        ("404", ConfigError, "check --judge_model_name"),
         ("quota", RunError, "add credit"),
         ("credit", RunError, "add credit"),
     ],
@@ -353,7 +353,7 @@ def test_check_asks_once_and_is_not_cached(server: JudgeServer, provider: str, t
     ("fault", "words"),
     [
         ("401", "is refused, set another"),
-        ("404", "check the model's name"),
+        ("404", "check --judge_model_name"),
         ("quota", "add credit"),
         ("400", "too long"),
         ("html-200", "HTML page"),

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 #: Rows leave a batch once this share of it is done: taking them out copies the cache, about as much as a step does.
-_DONE_SHARE = 0.25
+_DONE_SHARE = 0.5
 
 #: Why a request has no answer.
 NOT_FINITE = "the model gives no finite numbers"
