@@ -398,3 +398,48 @@ def test_what_the_hub_refuses_is_refused_in_one_line(hub: Hub, tmp_path: Path, n
     assert done.returncode == 2
     assert re.fullmatch(f"tvmerge plan: error: model {name}: .*{reason}.*\n", done.stderr)
     assert [row["model"] for row in tables(done.stdout)[0]] == ["owner/model"]
+
+
+def test_the_judge_is_estimated_before_it_is_asked(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    turns = [["abcdefgh", "東京"], ["abcdefgh"]]
+    rows = [{"question_id": n, "category": "ab"[n % 2], "turns": turns[n % 2]} for n in range(20)]
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = {"prompt_template": "{question}{answer}"}, {"prompt_template": "{question_1}{question_2}{answer_2}"}
+    templates = {"single-v1": first, "single-math-v1": first} | {
+        f"single{math}-v1-multi-turn": second for math in ("", "-math")
+    }
+    lines = [json.dumps({"name": name, "system_prompt": "s" * 400, **entry}) for name, entry in templates.items()]
+    (tmp_path / "judge.jsonl").write_text("\n".join(lines))
+    flags = ["--bench_dir", str(tmp_path), "--judge_file", str(tmp_path / "judge.jsonl"), "--n_trials", "10"]
+    flags += [
+        "--judge_price_in",
+        "1000",
+        "--judge_price_out",
+        "0",
+        "--max_new_token",
+        "40",
+        "--judge_model",
+        "openai:m",
+    ]
+    assert main(["plan", *trio.flags(), *flags]) == 0
+    *_, judge = tables(capsys.readouterr().out)
+    found = {row["what"]: row["figure"] for row in judge}
+    # 14 questions in each of 10 trials, 6 held out for 5 models; half of them of two turns.
+    n = [7 * 10 + 3 * 5, 7 * 10 + 3 * 5]
+    assert found["questions"] == "14 in a trial, 6 held out"
+    assert found["turns judged"] == "21 in a trial, 9 held out, 1 of each"
+    assert found["judgments"].startswith(f"{2 * n[0] + n[1]} ")
+    # A token is four letters of Latin script or one character of Japanese; answers have forty.
+    tokens = (n[0] + n[1]) * (408 // 4 + 40) + n[0] * (2 + 408 // 4 + 2 * 40)
+    assert found["judge reads"].startswith(f"about {tokens / 1000:.0f} k tokens")
+    assert found["judge cost"].startswith(f"about ${tokens / 1000:.2f}")
+    assert main(["plan", *trio.flags(), *flags, "--judge_price_in", "1", "--judge_price_out", "2"]) == 0
+    assert main(["plan", *trio.flags(), *flags[:6], "--judge_model", "openai:m"]) == 0
+    assert "unknown: give --judge_price_in" in capsys.readouterr().out
+    broken = ["--bench_dir", str(tmp_path), "--judge_file", "nowhere", "--judge_model", "gpt-4o"]
+    assert main(["plan", *trio.flags(), *broken]) == 2
+    assert "--judge_file nowhere: cannot be read" in capsys.readouterr().err

@@ -238,7 +238,7 @@ def open_judge(config: MtBenchConfig, output: Path, bench: Bench, *, device: str
     try:
         if isinstance(client, RemoteClient):
             judge.check()
-        yield OpenJudge(judge, client, meter, [which, *getattr(client, "notes", [])])
+        yield OpenJudge(judge, client, meter, [f"judge prompts: {which}", *getattr(client, "notes", [])])
     finally:
         judge.close()
         cache.close()
@@ -333,7 +333,7 @@ def find_prompts(config: MtBenchConfig, bench: Bench) -> tuple[JudgePrompts, str
         path = next(path for path in _with_the_code("judge_prompts") if path.is_dir()) / f"{named}.jsonl"
     else:
         path = local_path(named, flag="--judge_file")
-    return load_judge_prompts(path), f"judge prompts: {path.name}"
+    return load_judge_prompts(path), path.name
 
 
 def _with_the_code(name: str) -> list[Path]:
