@@ -11,4 +11,5 @@ fi
 ruff check .
 ruff format --check .
 mypy
-python -m pytest $full "$@"
+# Two processes, a file of tests in one of them, with one thread each: twice as fast on two cores, and no slower on one.
+OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile $full "$@"
