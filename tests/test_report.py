@@ -25,7 +25,8 @@ def test_table_is_golden() -> None:
         "|----------|----------:|-------:|---------:|------:|\n"
         "| jnli     |         4 |  0.250 | unscored | 1.000 |\n"
         "| jsquad   |         2 |  0.250 |    0.000 | 0.750 |\n"
-        "| **mean** |         6 |  0.250 | unscored | 0.875 |"
+        "| **mean** |         6 |  0.250 | unscored | 0.875 |\n"
+        "| unscored |           |   0.0% |    66.7% |  0.0% |"
     )
 
 
@@ -72,3 +73,15 @@ def test_card_names_hub_models_and_no_folder_in_its_header() -> None:
     assert f"- target: `owner/ja@{'0' * 40}`" in card
     assert "TABLE\n\nVERDICT" in card
     assert "| layers.0 | 0.5000 |" in card
+
+
+def test_a_task_of_categories_has_a_row_for_each_and_counts_questions_not_turns() -> None:
+    scores = [QuestionScore("chat", question, float(question + turn), turn) for question in (0, 2) for turn in (1, 2)]
+    table = score_table([Candidate("target", scores)], {"chat": TaskGoal("rating")}, {"chat": ["a", "b", "c"]})
+    assert table == (
+        "| task     | questions | target |\n"
+        "|----------|----------:|-------:|\n"
+        "| a        |         1 |  1.500 |\n"
+        "| c        |         1 |  3.500 |\n"
+        "| **mean** |         2 |  2.500 |"
+    )

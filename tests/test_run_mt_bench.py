@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,7 +230,9 @@ def refuses(share: float, seed: int = 0) -> Any:
     return rule
 
 
-def test_unscored_answers_are_left_out_and_shown(trio: Trio, bench: Path, server: JudgeServer, tmp_path: Path) -> None:
+def test_unscored_answers_are_left_out_and_shown(
+    trio: Trio, bench: Path, server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     server.rule = refuses(0.15)
     output = tmp_path / "run"
     assert main(flags(trio, bench, output, server, "--max_unscored", "0.9")) == 0
@@ -242,9 +245,38 @@ def test_unscored_answers_are_left_out_and_shown(trio: Trio, bench: Path, server
     # -1 is how FastChat spells it; it enters no mean, ours or FastChat's.
     ours = {name: mean_score(found) for name, found in scores_of(output).items()}
     assert show_result(output) == pytest.approx(ours, abs=1e-6)
+    captured = capsys.readouterr()
+    assert re.search(r"trial \d/9: score .* k tokens, [\d.]+% unscored", captured.err)
+    assert re.search(r"\| unscored +\|  +\| +[\d.]+%", captured.out)
     for trial in trials(output):
         found = scores_of(output)[f"trial-{trial.number:04d}"]
         assert trial.user_attrs["unscored"] == sum(score.score is None for score in found) / len(found)
+
+
+def test_a_model_that_goes_away_is_not_scored_as_the_one_before(
+    trio: Trio, bench: Path, server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tuned = tmp_path / "tuned"
+    shutil.copytree(trio.tuned, tuned)
+
+    def rule(request: Request, earlier: int) -> str:
+        if len(server.requests) == 60:
+            (tuned / "model.safetensors").rename(tuned / "elsewhere")
+        return "ok"
+
+    server.rule = rule
+    output = tmp_path / "run"
+    command = flags(trio, bench, output, server)
+    command[command.index("--tuned_model") + 1] = str(tuned)
+    assert main(command) == 2
+    assert str(tuned) in capsys.readouterr().err
+    finished = {trial.number for trial in trials(output) if trial.value is not None}
+    assert 0 < len(finished) < N_TRIALS
+    assert set(scores_of(output)) == {f"trial-{number:04d}" for number in finished}
+    assert {path.stem for path in (output / "model_answer").iterdir()} == set(scores_of(output))
+    (tuned / "elsewhere").rename(tuned / "model.safetensors")
+    assert main(command) == 0
+    assert set(asked(server).values()) == {1}
 
 
 def test_a_trial_with_too_many_unscored_answers_fails(
@@ -398,7 +430,9 @@ def test_a_question_that_the_model_cannot_answer_is_unscored_and_never_judged(
     assert not any("ERROR" in prompt for prompt in asked(server)), "FastChat judges this word as an answer"
 
 
-def test_choices_and_repeats(trio: Trio, bench: Path, server: JudgeServer, tmp_path: Path) -> None:
+def test_choices_and_repeats(
+    trio: Trio, bench: Path, server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     server.text = lambda request, earlier: f"[[{2 + earlier}]]"
     output = tmp_path / "run"
     more = ("--num_choices", "2", "--judge_repeats", "3", "--temperature", "1.5", "--parallel", "1")
@@ -410,6 +444,7 @@ def test_choices_and_repeats(trio: Trio, bench: Path, server: JudgeServer, tmp_p
     assert all(line["score"] == 3 for line in first)
     assert len(first) == len(judged)
     assert trials(output)[0].user_attrs["judge_spread"] == 2
+    assert "repeats 2.00 apart" in capsys.readouterr().err
     answers = lines(output / "model_answer" / "trial-0000.jsonl")
     differ = [line for line in answers if line["choices"][0]["turns"] != line["choices"][1]["turns"]]
     assert len(differ) > len(answers) / 2

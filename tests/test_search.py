@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 
 import pytest
@@ -71,3 +72,25 @@ def test_weights_and_directions_make_the_gain() -> None:
     lower = paired_gain(scored(a=[0.0, 0.0], b=[1.0, 1.0], c=[1.0]), reference, goals)
     assert lower is not None
     assert lower.mean == pytest.approx(0.25 * 1.5), "less of what is minimised is a gain"
+
+
+def test_turns_of_a_question_count_as_one() -> None:
+    """Clustered standard errors: the formula of arXiv:2411.00640 written out, and resampling of questions."""
+    generator = random.Random(0)
+    model, reference = [], []
+    for question in range(60):
+        shared = generator.gauss(0.3, 1)
+        for turn in (1, 2):
+            model.append(QuestionScore("chat", question, shared + generator.gauss(0, 0.2), turn))
+            reference.append(QuestionScore("chat", question, 0.0, turn))
+    gain = paired_gain(model, reference)
+    assert gain is not None
+    values = [[s.score or 0.0 for s in model if s.question == question] for question in range(60)]
+    mean = sum(map(sum, values)) / 120
+    clustered = math.sqrt(sum(sum(v - mean for v in each) ** 2 for each in values)) / 120 * math.sqrt(60 / 59)
+    assert gain.mean == pytest.approx(mean)
+    assert gain.standard_error == pytest.approx(clustered)
+    resampled = [sum(sum(generator.choice(values)) for _ in range(60)) / 120 for _ in range(4000)]
+    assert gain.standard_error == pytest.approx(statistics.stdev(resampled), rel=0.05)
+    naive = statistics.stdev([v for each in values for v in each]) / math.sqrt(120)
+    assert gain.standard_error > 1.3 * naive

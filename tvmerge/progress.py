@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -52,24 +52,24 @@ class RunProgress:
 
         return advance, bar.close
 
-    def finish_trial(self, *, score: float | None, best: tuple[float, int] | None, cost: str = "") -> None:
+    def finish_trial(self, *, score: float | None, best: tuple[float, int] | None, remarks: Sequence[str] = ()) -> None:
         """Move the trials' bar on.
 
         Args:
             score: of the trial; None if it failed.
             best: score and number of the best trial so far.
-            cost: what was spent so far.
+            remarks: what else there is to say of it.
         """
         self._n_finished += 1
         shown = "none yet" if best is None else f"{best[0]:.3f} (trial {best[1]})"
-        spent = f", {cost}" if cost else ""
-        self._trials.set_postfix_str(f"best {shown}{spent}", refresh=False)
+        more = "".join(f", {remark}" for remark in remarks)
+        self._trials.set_postfix_str(f"best {shown}{more}", refresh=False)
         self._trials.update(1)
         if not self._terminal:
             per_trial = (time.monotonic() - self._started) / (self._n_finished - self._n_before)
             left = per_trial * (self._n_trials - self._n_finished)
             outcome = "failed" if score is None else f"score {score:.3f}"
-            self.note(f"trial {self._n_finished}/{self._n_trials}: {outcome}, best {shown}{spent}, {left:.0f} s left")
+            self.note(f"trial {self._n_finished}/{self._n_trials}: {outcome}, best {shown}{more}, {left:.0f} s left")
 
     def close(self) -> None:
         """End the bars."""

@@ -231,15 +231,21 @@ class SearchRun:
     def _search(self, progress: RunProgress) -> None:
         def evaluate(weights: Mapping[str, float], number: int) -> Scored:
             merged, name = self.merge.at(weights), trial_name(number)
-            return self._score(merged, self.questions.search, progress, name=name, what="questions")
+            scored = self._score(merged, self.questions.search, progress, name=name, what="questions")
+            said.update(scored.facts)
+            return scored
 
+        said: dict[str, Any] = {}  # of the last trial
         while self.study.n_finished < self.config.n_trials:
+            said.clear()
             result = self.study.run_trial(evaluate)
             if self.config.batch_size == "auto" and self.study.recall("batch_tokens") != self.asked.budget.tokens:
                 self.study.remember("batch_tokens", self.asked.budget.tokens)
             best = self.study.best()
             score = None if result is None else result.score
-            progress.finish_trial(score=score, best=(best.score, best.number), cost=self.questions.cost())
+            progress.finish_trial(
+                score=score, best=(best.score, best.number), remarks=_remarks(said, self.questions.cost())
+            )
             if result is None:
                 progress.note(f"  {self.study.last_failure()}")
             if self.study.n_finished == min(self.study.n_uniform, self.config.n_trials):
@@ -347,6 +353,13 @@ class SearchRun:
             },
             versions=library_versions(),
         )
+
+
+def _remarks(facts: Mapping[str, Any], cost: str) -> list[str]:
+    """What a line on a trial says beside its score."""
+    remarks = [cost] if cost else []
+    remarks += [f"{facts['unscored']:.1%} unscored"] if facts.get("unscored") else []
+    return remarks + ([f"repeats {facts['judge_spread']:.2f} apart"] if "judge_spread" in facts else [])
 
 
 def _is_written(recipe: Recipe, folder: Path, needed: Sequence[str]) -> bool:
