@@ -10,24 +10,26 @@ TARGET_MODEL=demo/models/target
 BASE_MODEL=demo/models/base
 TUNED_MODEL=(demo/models/tuned) # several: (a b:base_of_b); LoRA adapters too
 
-# Questions: a folder of benchmarks/ with a question.jsonl, yours for instance. For real models:
-# BENCH_NAME=japanese_chat   # or japanese_roleplay, english_chat
+# Questions: a folder of benchmarks/ with a question.jsonl, yours for instance.
 BENCH_NAME=toy
 CHAT_TEMPLATE=none # the toys know no chat; empty: the template of the target's tokenizer
 MAX_NEW_TOKEN=512
 NUM_CHOICES=1
 QUESTION_LIMIT= # questions in a trial; empty: all that are not held out
+# For real models, for instance:
+# BENCH_NAME=japanese_chat CHAT_TEMPLATE= # or japanese_roleplay, english_chat
 
-# Judge. rouge_l compares with the bench's reference answers: no key, no network, no cost. A real one, for instance:
-# export OPENAI_API_KEY=...; JUDGE_MODEL_NAME=gpt-4o-mini; MAX_JUDGE_COST=5
-# export ANTHROPIC_API_KEY=...; JUDGE_MODEL_NAME=claude-haiku-4-5; MAX_JUDGE_COST=5
-# JUDGE_MODEL_NAME=openai:qwen3-32b; JUDGE_BASE_URL=http://127.0.0.1:8000/v1   # vLLM, llama.cpp, a gateway
-# JUDGE_MODEL_NAME=transformers:Qwen/Qwen3-8B   # on this machine, beside the candidate
+# Judge. rouge_l compares with the bench's reference answers: no key, no network, no cost.
 JUDGE_MODEL_NAME=rouge_l
 JUDGE_BASE_URL=
 JUDGE_FILE=     # judge prompts: ja, en or a file in FastChat's format; empty: by the language of the questions
 MAX_JUDGE_COST= # US dollars in all; empty: no limit. `python -m tvmerge plan` with these flags estimates it
 PARALLEL=8      # requests to the judge at a time
+# Real ones, for instance:
+# export OPENAI_API_KEY=...; JUDGE_MODEL_NAME=gpt-4o-mini MAX_JUDGE_COST=5
+# export ANTHROPIC_API_KEY=...; JUDGE_MODEL_NAME=claude-haiku-4-5 MAX_JUDGE_COST=5
+# JUDGE_MODEL_NAME=openai:qwen3-32b JUDGE_BASE_URL=http://127.0.0.1:8000/v1 # vLLM, llama.cpp, a gateway
+# JUDGE_MODEL_NAME=transformers:Qwen/Qwen3-8B                               # on this machine, beside the candidate
 
 # Search
 OPTIMIZE_MODE=layer # uniform, layer, block:4, parameter, all

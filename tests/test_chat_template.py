@@ -181,7 +181,16 @@ def test_no_template_adds_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_no_prompt_holds_the_date(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = (
         "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}|{{ strftime_now('%Y-%m-%d') }}{% endif %} "
-        "{{ messages[-1].content }}"
+        "{% for message in messages %}{{ message.content }}{% endfor %}"
     )
     template = open_template(None, tokenizer)
     assert template.render(ONE) == "26 Jul 2024|2024-07-26 Who?"
+
+
+@pytest.mark.parametrize("text", ["hello", "", "{{ messages[-1].content }}", "{{ messages[0].content }}"])
+def test_a_template_that_leaves_turns_out_is_refused(
+    tokenizer: PreTrainedTokenizerBase, text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "short.jinja").write_text(text)
+    with pytest.raises(ConfigError, match="it leaves turns out"):
+        open_template(str(tmp_path / "short.jinja"), tokenizer)

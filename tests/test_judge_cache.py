@@ -76,10 +76,10 @@ def test_what_comes_back_is_what_was_put(tmp_path: Path) -> None:
 
 
 def test_the_key_depends_on_all_that_was_asked() -> None:
-    client = {"provider": "openai", "model": "m", "base_url": "u", "temperature": 0.0, "max_tokens": 5}
+    client = {"provider": "openai", "model": "m", "temperature": 0.0, "max_tokens": 5}
     prompt = Prompt("single-v1", "s", "u")
     keys = [cache_key(client, prompt, repeat=0, attempt=0)]
-    for name, other in (("provider", "x"), ("model", "x"), ("base_url", "x"), ("temperature", 0.5), ("max_tokens", 6)):
+    for name, other in (("provider", "x"), ("model", "x"), ("temperature", 0.5), ("max_tokens", 6)):
         keys.append(cache_key({**client, name: other}, prompt, repeat=0, attempt=0))
     keys += [cache_key(client, Prompt("single-v1", *each), repeat=0, attempt=0) for each in (("", "u"), ("su", ""))]
     keys += [cache_key(client, prompt, repeat=1, attempt=0), cache_key(client, prompt, repeat=0, attempt=1)]

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 from judge_server import TOKENS_IN, TOKENS_OUT, JudgeServer, case_of, client_of, judge_of, rating_of, render
 
+from tvmerge.config import MtBenchConfig
 from tvmerge.errors import BudgetError, ConfigError, RunError
 from tvmerge.judges import Completion, Prompt
 from tvmerge.judges.meter import KNOWN_PRICES, LEDGER, Meter, Prices, Usage, known_prices
-from tvmerge.judges.providers import make_client
-from tvmerge.judges.remote import ClientSettings
+from tvmerge.judges.providers import PROVIDERS
+from tvmerge.judging import prices_of
 
 PRICES = Prices(2.0, 8.0)
 EACH = (TOKENS_IN * 2 + TOKENS_OUT * 8) / 1e6  # USD of one answer
@@ -208,23 +209,27 @@ def test_no_money_is_enough_for_what_is_known(server: JudgeServer, tmp_path: Pat
 
 
 def test_known_prices() -> None:
-    openai, anthropic = "https://api.openai.com/v1", "https://api.anthropic.com"
-    assert known_prices("gpt-4o", openai) == known_prices("gpt-4o-2024-08-06", openai) == Prices(2.5, 10)
-    assert known_prices("gpt-4o-2024-05-13", openai) == Prices(5, 15)
-    assert known_prices("claude-haiku-4-5-20251001", anthropic) == Prices(1, 5)
-    assert known_prices("claude-3-5-haiku-latest", anthropic) == Prices(0.8, 4)
-    assert known_prices("gpt-4o", "http://localhost:8000/v1") is None
+    assert known_prices("gpt-4o") == known_prices("gpt-4o-2024-08-06") == Prices(2.5, 10)
+    assert known_prices("gpt-4o-2024-05-13") == Prices(5, 15)
+    assert known_prices("claude-haiku-4-5-20251001") == Prices(1, 5)
+    assert known_prices("claude-3-5-haiku-latest") == Prices(0.8, 4)
     for other in ("gpt-5-pro", "gpt-5.1", "gpt-4o-audio-preview", "claude-opus-4-8", "llama3:8b", "gpt-4-32k"):
-        assert known_prices(other, openai) is None
+        assert known_prices(other) is None
     assert all(prices.output > prices.input > 0 for prices in KNOWN_PRICES.values())
 
 
-def test_the_addresses_of_the_list_prices(monkeypatch: pytest.MonkeyPatch) -> None:
+def config(judge: str, url: str | None) -> MtBenchConfig:
+    return MtBenchConfig(
+        target_model="t", tuned_model="u", bench_name="toy", judge_model_name=judge, judge_base_url=url
+    )
+
+
+def test_a_server_of_ones_own_has_no_list_price(monkeypatch: pytest.MonkeyPatch) -> None:
     for provider, model in (("openai", "gpt-4o"), ("anthropic", "claude-opus-4-5")):
-        monkeypatch.setenv(f"{provider.upper()}_API_KEY", "sk-0123456789")
         monkeypatch.delenv(f"{provider.upper()}_BASE_URL", raising=False)
-        assert known_prices(model, make_client(provider, ClientSettings(model=model)).base_url) is not None
+        judge = f"{provider}:{model}"
+        assert prices_of(config(judge, None)) == KNOWN_PRICES[model]
+        assert prices_of(config(judge, PROVIDERS[provider].default_url + "/")) == KNOWN_PRICES[model]
+        assert prices_of(config(judge, "http://localhost:1/v1")) is None
         monkeypatch.setenv(f"{provider.upper()}_BASE_URL", "http://localhost:1/v1/")
-        client = make_client(provider, ClientSettings(model=model))
-        assert client.base_url == client.identity["base_url"] == "http://localhost:1/v1"
-        assert known_prices(model, client.base_url) is None
+        assert prices_of(config(judge, None)) is None

@@ -118,8 +118,8 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
             load_judge_prompts(tmp_path / name)
 
 
-def test_the_identity_of_prompts_is_their_text(tmp_path: Path) -> None:
+def test_the_digest_of_prompts_is_that_of_their_texts(tmp_path: Path) -> None:
     first = load_judge_prompts(write(tmp_path / "a.jsonl", lines()))
     same = load_judge_prompts(write(tmp_path / "b.jsonl", [*reversed(lines())]))
     other = load_judge_prompts(write(tmp_path / "c.jsonl", lines(**{"single-v1": "{question}: {answer}"})))
-    assert first.identity == same.identity != other.identity
+    assert first.digest == same.digest != other.digest

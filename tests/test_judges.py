@@ -207,11 +207,22 @@ def test_the_deadline_holds(server: JudgeServer, provider: str, fault: str) -> N
 
 
 @BOTH
+def test_a_prompt_that_a_gateway_forbids_is_unscored_and_others_go_on(server: JudgeServer, provider: str) -> None:
+    server.rule = lambda request, earlier: "403" if request.prompt == prompt_of(5) else "ok"
+    with judge_of(client_of(server, provider), parallel=1) as judge:
+        judgments = [judge.submit(case_of(i)) for i in range(9)]
+        judge.finish()
+        assert [future.result(0).rating is None for future in judgments] == [i == 5 for i in range(9)]
+        assert "HTTP 403" in str(judgments[5].result(0).reason)
+    with judge_of(client_of(server, provider), parallel=1) as judge, pytest.raises(ConfigError, match="may not use"):
+        judge.submit(case_of(5)).result(5)  # nothing was answered yet: it is the key
+
+
+@BOTH
 @pytest.mark.parametrize(
     ("fault", "kind", "advice"),
     [
         ("401", ConfigError, "_API_KEY is refused"),
-        ("403", ConfigError, "may not use this model"),
         ("404", ConfigError, "check --judge_model_name"),
         ("quota", RunError, "add credit"),
         ("credit", RunError, "add credit"),
@@ -606,7 +617,6 @@ def test_the_identity_names_all_that_a_completion_depends_on(server: JudgeServer
             "client": {
                 "provider": "openai",
                 "model": "m",
-                "base_url": f"{server.url}/v1",
                 "temperature": 0.0,
                 "max_tokens": 64,
             },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from tvmerge.checkpoint import Checkpoint
 from tvmerge.cli import main
-from tvmerge.errors import CheckpointError, ConfigError
+from tvmerge.errors import CheckpointError, ConfigError, RunError, StopError
 from tvmerge.hub import resolve
 from tvmerge.judges import Case, Prompt
 from tvmerge.judges.cache import JudgmentCache
@@ -186,6 +187,7 @@ def test_a_whole_run(seven: Path, trio: Trio, tmp_path: Path, capsys: pytest.Cap
     judgments = [line for path in (tmp_path / "run" / "model_judgment").iterdir() for line in lines(path)]
     assert {(line["score"], line["judgment"], line["turn"]) for line in judgments} == {(7, "[[7]]", 1), (7, "[[7]]", 2)}
     assert {trial.value for trial in trials(tmp_path / "run")} == {7}
+    assert all(line["tokens_in"] > 100 for line in lines(tmp_path / "run" / "judge_usage.jsonl"))
     ledger = lines(tmp_path / "run" / "judge_usage.jsonl")
     assert len(ledger) == len({line["user_prompt"] for line in judgments})
     # All models got the same ratings: that is said, and the target is the best there is.
@@ -211,3 +213,38 @@ def test_a_judge_that_talks_nonsense_stops_the_run(
     assert "7 of 7 turns have no rating" in capsys.readouterr().err
     assert not [trial for trial in trials(tmp_path / "run") if trial.value is not None]
     assert not (tmp_path / "run" / "model_judgment").exists()
+
+
+def test_an_error_of_the_judge_ends_the_run_and_nobody_waits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = client_of(folder)
+    judge = judge_of(client)
+    future = judge.submit(Case(questions=("q",), answers=("ab",)))
+    judge.finish()
+    assert client._model is not None
+
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a kernel\nfailed")
+
+    hook = client._model.model.register_forward_pre_hook(broken)
+    late = judge.submit(Case(questions=("q",), answers=("cd",)))
+    with pytest.raises(StopError, match="the judge on this machine failed: RuntimeError: a kernel failed"):
+        judge.finish()
+    hook.remove()
+    with pytest.raises(RunError, match="a kernel failed"):
+        late.result(5)
+    judge.finish()  # does not hang
+    assert future.result().text or future.result().reason
+    judge.close()
+
+
+def test_repeats_are_other_words(folder: Path) -> None:
+    judge = judge_of(client_of(folder, temperature=1.5), repeats=5, read=lambda text: float(len(text)) or None)
+    futures = [judge.submit(Case(questions=("q",), answers=(answer,))) for answer in ("ab", "cd", "東京", "ij")]
+    judge.finish()
+    assert any(future.result().spread > 0 for future in futures)
+    judge.close()
+
+
+def test_a_judge_is_known_by_its_weights(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "moved")
+    assert client_of(tmp_path / "moved").identity == client_of(folder).identity

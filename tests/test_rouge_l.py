@@ -55,6 +55,8 @@ def test_japanese_is_compared_by_characters_and_english_by_words() -> None:
         ("店", "駅", 0),
         ("お店", "店", 2 / 3),
         ("?!", "?!", 1),
+        ("！", "！", 1),
+        ("!", "！", 1),
         ("?!", "...", 0),
         ("", "?", 0),
         ("!?", "店", 0),

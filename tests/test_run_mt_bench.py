@@ -210,6 +210,11 @@ def test_what_a_kill_left_of_a_trial_does_not_count(
     assert main(flags(trio, bench, output, server, "--n_trials", "7")) == 0
     path = output / "model_judgment" / "m_single.jsonl"
     entry = lines(path)[0]
+    whole = path.read_bytes()
+    with path.open("a") as file:
+        file.write(json.dumps({**entry, "model": "trial-0008", "score": 1})[:50])
+    assert main(flags(trio, bench, output, server, "--n_trials", "7")) == 0
+    assert path.read_bytes() == whole, "a torn line alone"
     with path.open("a") as file:
         file.write(json.dumps({**entry, "model": "trial-0007", "score": 1}) + "\n")
         file.write(json.dumps({**entry, "model": "trial-0008", "score": 1})[:50])
@@ -218,6 +223,26 @@ def test_what_a_kill_left_of_a_trial_does_not_count(
     ours = {name: mean_score(found) for name, found in scores_of(output).items()}
     assert show_result(output) == pytest.approx(ours, abs=1e-6)
     assert lines(output / "model_answer" / "trial-0007.jsonl")[0]["model_id"] == "trial-0007"
+
+
+def test_an_outage_of_the_judge_is_no_fault_of_a_trial(
+    trio: Trio, bench: Path, server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "straight").mkdir()
+    (tmp_path / "broken").mkdir()
+    straight, broken = tmp_path / "straight" / "run", tmp_path / "broken" / "run"
+    assert main(flags(trio, bench, straight, server)) == 0
+    before = len(server.requests)
+    server.rule = lambda request, earlier: "cut" if len(server.requests) > before + 80 else "ok"
+    assert main(flags(trio, bench, broken, server, "--judge_retries", "0")) == 1
+    assert re.search(r"\d+ of 22 judgments failed, one with: .*; try again later", capsys.readouterr().err)
+    assert not [trial for trial in trials(broken) if "failure" in trial.user_attrs]
+    # It may also be short: then what was lost is asked for again, and the run does not stop.
+    lost = len(server.requests)
+    server.rule = lambda request, earlier: "cut" if lost + 1 < len(server.requests) < lost + 10 else "ok"
+    assert main(flags(trio, bench, broken, server, "--judge_retries", "0")) == 0
+    assert scores_of(broken) == scores_of(straight)
+    assert everything(broken / "best") == everything(straight / "best")
 
 
 def refuses(share: float, seed: int = 0) -> Any:
@@ -465,7 +490,7 @@ def test_another_judge_or_another_question_is_another_study(
         other.stop()
     for change in (
         ["--judge_model", "openai:n"],
-        ["--judge_file", "en"],
+        ["--judge_file", "ja"],
         ["--question_seed", "1"],
         ["--temperature", "0"],
     ):

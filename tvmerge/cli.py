@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(config_class(**values))
         except SystemExit as error:  # would end this process as if all were well
             raise TaskError(f"code of a task or of a library ended the run by sys.exit({error.code!r})") from error
-    except (argparse.ArgumentError, UnicodeDecodeError) as error:
+    except (argparse.ArgumentError, UnicodeError) as error:
         return _complain(command, error, status=2, hint=" (see tvmerge --help)")
     except TvmergeError as error:
         return _complain(command, error, status=2 if isinstance(error, InputError) else 1)
@@ -184,7 +184,7 @@ def entry() -> None:
         if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
             signal.signal(number, signal.default_int_handler)
     status = main()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed before we began
         try:
             stream.flush()
         except OSError:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tvmerge.config import MtBenchConfig
 from tvmerge.errors import ConfigError, TaskError
@@ -71,6 +71,7 @@ class JudgedQuestions:
     files: FastChatFiles
     meter: Meter | None  # None: asking is free
     client: Client | None  # that the judge asks
+    explanation: str  # of what the scores are
 
     def open_model(self, model: TransformersModel, *, tokens: int | None) -> ChatModel:
         """Make a live model ready to talk."""
@@ -107,6 +108,7 @@ class OpenJudge:
     """A judge that can be asked."""
 
     judge: Judge
+    explanation: str  # of what its ratings are
     client: Client | None = None  # that it asks
     meter: Meter | None = None  # of what that costs; None: nothing
     notes: Sequence[str] = ()  # what the user should know
@@ -157,13 +159,14 @@ class JudgedBench:
             search=evaluator(searched),
             heldout=evaluator(heldout) if config.holdout else None,
             goals={bench.name: TaskGoal(metric="rating")},
-            scoring={bench.name: json.dumps([_known(self.opened.judge.identity), template.digest], ensure_ascii=False)},
+            scoring={bench.name: json.dumps([self.opened.judge.identity, template.digest], ensure_ascii=False)},
             notes=[*self.opened.notes, *self._notes(template, n_search=len(searched))],
             categories={bench.name: [question.category for question in bench.questions]},
             template=template,
             files=files,
             meter=self.opened.meter,
             client=self.opened.client,
+            explanation=self.opened.explanation,
         )
 
     def _notes(self, template: ChatTemplate, *, n_search: int) -> list[str]:
@@ -196,7 +199,7 @@ def open_judged(config: MtBenchConfig, output: Path, *, device: str) -> Iterator
         TaskError: a bench that is not there or broken.
     """
     bench = find_bench(config)
-    split_bench(config, bench, judge=config.judge_model_name)
+    split_bench(config, bench, judge=judge_name(config))
     with open_judge(config, output, bench, device=device) as opened:
         yield JudgedBench(config, output, bench, opened)
 
@@ -210,7 +213,7 @@ def open_judge(config: MtBenchConfig, output: Path, bench: Bench, *, device: str
     """
     name = config.judge_model_name
     if name == RougeL.name:
-        yield OpenJudge(RougeL())
+        yield OpenJudge(RougeL(), "Answers were compared with reference answers: 10 times ROUGE-L.")
         return
     if config.max_judge_cost is not None and prices_of(config) is None:
         raise ConfigError(
@@ -224,8 +227,8 @@ def open_judge(config: MtBenchConfig, output: Path, bench: Bench, *, device: str
     cache = JudgmentCache(_cache_file(config))
     judge = PromptedJudge(
         client=client,
-        name=name.removeprefix(LOCAL) if is_local else parse_judge(name)[1],
-        identity={"prompts": prompts.identity},
+        name=judge_name(config),
+        identity={"prompts": prompts.digest},
         render=prompts.render,
         read_rating=read_rating,
         meter=meter,
@@ -238,7 +241,9 @@ def open_judge(config: MtBenchConfig, output: Path, bench: Bench, *, device: str
     try:
         if isinstance(client, RemoteClient):
             judge.check()
-        yield OpenJudge(judge, client, meter, [f"judge prompts: {which}", *getattr(client, "notes", [])])
+        explanation = f"Answers were rated from 1 to 10 by {judge.name}, asked with the prompts of {which}."
+        notes = [f"judge prompts: {which}", *getattr(client, "notes", [])]
+        yield OpenJudge(judge, explanation, client, meter, notes)
     finally:
         judge.close()
         cache.close()
@@ -269,10 +274,16 @@ def _client(config: MtBenchConfig, device: str) -> RemoteClient | LocalClient:
     )
 
 
-def _known(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """What a study knows its judge by: the same model may answer at another address when the study is resumed."""
-    client = {key: value for key, value in identity.get("client", {}).items() if key != "base_url"}
-    return {**identity, "client": client}
+def judge_name(config: MtBenchConfig) -> str:
+    """What files call the judge: its model, without its provider.
+
+    Raises:
+        ConfigError: it names no model.
+    """
+    name = config.judge_model_name
+    if name == RougeL.name:
+        return name
+    return name.removeprefix(LOCAL) if name.startswith(LOCAL) else parse_judge(name)[1]
 
 
 def prices_of(config: MtBenchConfig) -> Prices | None:
@@ -282,14 +293,16 @@ def prices_of(config: MtBenchConfig) -> Prices | None:
     if config.judge_model_name.startswith(LOCAL):
         return None
     provider, model = parse_judge(config.judge_model_name)
-    return known_prices(model, PROVIDERS[provider].address(config.judge_base_url)[0])
+    # A server of one's own has no list price, whatever the model's name.
+    return known_prices(model) if PROVIDERS[provider].address(config.judge_base_url)[1] else None
 
 
 def _cache_file(config: MtBenchConfig) -> Path:
     """Where judgments are kept, for all runs."""
     if config.cache_dir is not None:
         return local_path(config.cache_dir, flag="--cache_dir") / "tvmerge" / "judgments.db"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tvmerge" / "judgments.db"
+    home = os.environ.get("XDG_CACHE_HOME") or str(local_path("~/.cache", flag="--cache_dir"))
+    return Path(home) / "tvmerge" / "judgments.db"
 
 
 def find_bench(config: MtBenchConfig) -> Bench:
@@ -306,12 +319,12 @@ def find_bench(config: MtBenchConfig) -> Bench:
         if not (folder / "question.jsonl").is_file():
             named = "" if name is None else f", nor is {folder / name / 'question.jsonl'}"
             raise TaskError(f"--bench_dir {folder}: question.jsonl is not there{named}")
-        return load_bench(folder, name=name or folder.resolve().name, judge=config.judge_model_name)
+        return load_bench(folder, name=name or folder.resolve().name, judge=judge_name(config))
     assert name is not None, "the configuration has one of the two"
     folders = list(dict.fromkeys(path.resolve() for path in (Path("benchmarks"), *_with_the_code("benchmarks"))))
     for folder in folders:
         if (folder / name / "question.jsonl").is_file():
-            return load_bench(folder / name, name=name, judge=config.judge_model_name)
+            return load_bench(folder / name, name=name, judge=judge_name(config))
     known = sorted({path.parent.name for folder in folders for path in folder.glob("*/question.jsonl")})
     raise TaskError(
         f"--bench_name {name}: is not in {' or '.join(map(str, folders))}; there are {', '.join(known) or 'none'}; "
@@ -327,8 +340,8 @@ def find_prompts(config: MtBenchConfig, bench: Bench) -> tuple[JudgePrompts, str
     """
     named = config.judge_file
     if named is None:
-        turns = "".join(turn for question in bench.questions for turn in question.turns)
-        named = "ja" if re.search("[ぁ-ヿ]", turns) else "en"
+        japanese = [question for question in bench.questions if re.search("[ぁ-ヿ]", "".join(question.turns))]
+        named = "ja" if 2 * len(japanese) > len(bench.questions) else "en"
     if named in ("en", "ja"):
         path = next(path for path in _with_the_code("judge_prompts") if path.is_dir()) / f"{named}.jsonl"
     else:

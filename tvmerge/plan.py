@@ -225,7 +225,7 @@ def _judge_rows(config: PlanConfig) -> list[tuple[str, str]]:
     if prices is None:
         return [*rows, ("judge cost", "unknown: give --judge_price_in and --judge_price_out, or it costs nothing")]
     costs = [prices.cost(each.tokens_in, each.tokens_out) for each in (usual, full)]
-    limit = "" if config.max_judge_cost is None else f"; the run stops before ${config.max_judge_cost:.2f}"
+    limit = "" if config.max_judge_cost is None else f"; the run stops before ${config.max_judge_cost:g}"
     return [*rows, ("judge cost", f"about ${costs[0]:.2f}, ${costs[1]:.2f} if all is of full length{limit}")]
 
 

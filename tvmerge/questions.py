@@ -55,6 +55,7 @@ class TaskQuestions:
     notes: Sequence[str]  # what the user should know of them
     batch_size: int | str = 16
     categories: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    explanation: str = ""  # lm-eval's metrics explain themselves
 
     def open_model(self, model: TransformersModel, *, tokens: int | None) -> HarnessModel:
         """Make a live model and all questions ready for each other.

@@ -42,7 +42,9 @@ def score_table(
     rows = [["task", "questions", *(candidate.label for candidate in candidates)]]
     for task, n in counts.items():
         goal = goals.get(task, TaskGoal())
-        rows.append([_label(task, goal), str(n), *(_shown(scores[task], goal) for scores in by_task)])
+        rows.append(
+            [_label(task, goal).replace("|", r"\|"), str(n), *(_shown(scores[task], goal) for scores in by_task)]
+        )
     means = [_number(mean_score(candidate.scores, goals)) for candidate in candidates]
     alike = len({(goal.weight, goal.higher_is_better, goal.logarithmic) for goal in goals.values()}) <= 1
     is_mean = alike and all(goal.higher_is_better for goal in goals.values())

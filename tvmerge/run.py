@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tvmerge.checkpoint import Checkpoint, Header
 from tvmerge.config import JglueConfig, MtBenchConfig, SearchConfig
-from tvmerge.errors import CheckpointError, ConfigError, RecipeError, RunError
+from tvmerge.errors import CheckpointError, ConfigError, RecipeError, RunError, TvmergeError
 from tvmerge.evaluators import (
     Evaluator,
     Questions,
@@ -281,7 +281,13 @@ class SearchRun:
                 name = column.model.replace("/", "-") if column.trial is None else trial_name(column.trial)
                 name += "" if self.questions.heldout is None else "-heldout"
                 what = f"{self._split} {column.label}"
-                measured = self._score(column.state_dict, evaluator, progress, name=name, what=what).scores
+                try:
+                    measured = self._score(column.state_dict, evaluator, progress, name=name, what=what).scores
+                except (TvmergeError, OSError):
+                    raise
+                except Exception as error:
+                    reason = " ".join(f"{type(error).__name__}: {error}".split())
+                    raise RunError(f"{what}: {reason}; the same command goes on") from error
                 self.study.scores.replace(measured, model=column.model, trial=column.trial, split=self._split)
                 scores = list(measured)
             candidates.append(Candidate(label=column.label, scores=scores))
@@ -318,6 +324,7 @@ class SearchRun:
         if best.number == 0:
             nothing = "Nothing that was tried scored higher than the target: the best merge is the target itself."
             words = f"{nothing}\n\n{words}"
+        words = f"{self.questions.explanation}\n\n{words}".strip()
         recipe = self._recipe(best, candidates[-1].scores)
         output = self.output / "best"
         needed = ["README.md", *(path.name for path in model_files(self.sources.target.model.path))]

@@ -95,10 +95,12 @@ class MtBenchConfig(SearchConfig):
         if self.bench_name is None and self.bench_dir is None:
             raise ConfigError("--bench_name is missing: name a folder of benchmarks/, or give any with --bench_dir")
         name = self.bench_name
-        if name is not None and (re.fullmatch(r"[\w][\w.\- ]*", name) is None or name != name.strip()):
+        if name is not None and (re.fullmatch(r"[\w][\w.\- ]{,99}", name) is None or name != name.strip()):
             raise ConfigError(f"--bench_name {name!r}: must be the name of a folder, give its path as --bench_dir")
         if not self.judge_model_name.strip():
             raise ConfigError("--judge_model_name is empty, name a judge")
+        if re.fullmatch("rouge[-_ ]?l", self.judge_model_name.strip(), flags=re.IGNORECASE):
+            self.judge_model_name = "rouge_l"
         for name in ("judge_repeats", "judge_max_tokens", "parallel", "max_new_token", "num_choices"):
             self.check_whole(name, least=1)
         self.check_whole("judge_retries", least=0)

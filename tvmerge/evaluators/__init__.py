@@ -128,6 +128,10 @@ class Questions(Protocol):
         """What the user should know of them."""
 
     @property
+    def explanation(self) -> str:
+        """What a reader of the scores should know of them, in a sentence; empty: nothing."""
+
+    @property
     def categories(self) -> Mapping[str, Sequence[str]]:
         """Task → the category of each of its questions, of those tasks that have categories."""
 

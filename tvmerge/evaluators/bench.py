@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ __all__ = ["Bench", "BenchQuestion", "load_bench"]
 
 QUESTIONS = "question.jsonl"
 REFERENCES = "reference_answer"
+HOTTEST = 100
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ def load_bench(folder: Path, *, name: str, judge: str) -> Bench:
     notes: list[str] = []
     if (folder / REFERENCES).is_dir() and (chosen := _reference_file(folder / REFERENCES, judge, notes)):
         given = dict(_reference_answers(chosen))
+        if unused := sorted(map(repr, given.keys() - questions.keys())):
+            notes.append(f"{chosen}: {len(unused)} of its {len(given)} answers are to no question, as {unused[0]}")
         questions = {key: _with_references(question, given.get(key)) for key, question in questions.items()}
     return Bench(name=name, questions=tuple(questions.values()), notes=tuple(notes))
 
@@ -104,21 +106,30 @@ def _question(entry: Mapping[str, Any], where: str) -> BenchQuestion:
     if isinstance(key, bool) or not isinstance(key, (int, str)) or key == "":
         raise TaskError(f"{where}: question_id must be a number or a text, got {key!r}")
     category = entry.get("category", "general")
-    if not isinstance(category, str) or not category.strip():
-        raise TaskError(f"{where}: category must be a text, got {category!r}")
+    if (
+        not isinstance(category, str)
+        or not category.strip().isprintable()
+        or not category.strip()
+        or _texts([category, str(key)]) is None
+    ):
+        raise TaskError(
+            f"{where}: category must be a text, and question_id too if it is none, got {category!r} and {key!r}"
+        )
     turns = _texts(entry.get("turns"))
     if not turns or not all(turn.strip() for turn in turns):
         raise TaskError(
             f"{where}: turns must be a list of texts with something in them, got {entry.get('turns')!r:.80}"
         )
     temperature = entry.get("required_temperature")
-    if temperature is not None and not (isinstance(temperature, (int, float)) and 0 <= temperature < math.inf):
-        raise TaskError(f"{where}: required_temperature must be a number from 0, got {temperature!r}")
+    if temperature is not None and not (isinstance(temperature, (int, float)) and 0 <= temperature <= HOTTEST):
+        raise TaskError(f"{where}: required_temperature must be from 0 to {HOTTEST}, got {temperature!r:.80}")
     reference = entry.get("reference")
     texts = _texts([reference] if isinstance(reference, str) else reference or [])
     if texts is None:
         raise TaskError(f"{where}: reference must be a list of texts, got {reference!r:.80}")
-    question = BenchQuestion(key, category, tuple(turns), None, None if temperature is None else float(temperature))
+    question = BenchQuestion(
+        key, category.strip(), tuple(turns), None, None if temperature is None else float(temperature)
+    )
     return _with_references(question, texts)
 
 

@@ -51,7 +51,7 @@ class FastChatFiles:
     def __init__(self, folder: Path, *, judge: str) -> None:
         self._judge = judge
         self._answers = folder / "model_answer"
-        file_name = re.sub(r"[^\w.\-]+", "_", judge)
+        file_name = re.sub(r"[^\w.\-]+", "_", judge)[-60:]  # names of files may have 255 bytes
         self._judgments = folder / "model_judgment" / f"{file_name}_single.jsonl"
 
     def keep(self, is_wanted: Callable[[str], bool]) -> None:
@@ -66,10 +66,11 @@ class FastChatFiles:
         """Rewrite the judgments if some go; whether there is a file."""
         if not self._judgments.exists():
             return False
-        lines = self._judgments.read_text(encoding="utf-8", errors="replace").split("\n")
-        kept = [line for line in lines if (model := _model_of(line)) is not None and is_wanted(model)]
-        if kept != lines[:-1]:
-            write_text(self._judgments, "".join(f"{line}\n" for line in kept))
+        text = self._judgments.read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.split("\n") if (model := _model_of(line)) is not None and is_wanted(model)]
+        kept = "".join(f"{line}\n" for line in lines)
+        if kept != text:
+            write_text(self._judgments, kept)
         return True
 
     def write(self, model: str, talks: Sequence[Talk], rated: Iterable[Rated]) -> None:

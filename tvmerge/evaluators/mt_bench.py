@@ -152,6 +152,7 @@ class MtBenchEvaluator:
             answers = model.answer([self._request(talk) for talk in going], take)
             tokens += sum(answer.n_tokens for answer in answers)
         self._judge.finish()
+        self._ask_again(talks, waiting)
         done = [Talk(t.index, self._bench.questions[t.index], t.choice, tuple(t.answers)) for t in talks]
         failures = [talk.failure for talk in talks]
         rated = self._rated(done, failures, {key: _result(future) for key, future in waiting.items()})
@@ -162,6 +163,25 @@ class MtBenchEvaluator:
         if self._files is not None:
             self._files.write(name, done, rated)
         return Scored([self._score(each) for each in rated], facts)
+
+    def _ask_again(self, talks: Sequence[_Talk], waiting: dict[tuple[int, int, int], Future[Judgment]]) -> None:
+        """Have lost judgments made once more, if they are too many: nothing was wrong with the answers.
+
+        Raises:
+            StopError: they are still too many.
+        """
+        for last in (False, True):
+            lost = [key for key, future in waiting.items() if _result(future).is_lost]
+            if len(lost) <= self._max_unscored * self.n_scores:
+                return
+            if last:
+                reason = _result(waiting[lost[0]]).reason
+                raise StopError(f"{len(lost)} of {self.n_scores} judgments failed, one with: {reason}; try again later")
+            of = {(talk.index, talk.choice): talk for talk in talks}
+            for index, choice, turn in lost:
+                case = self._bench.questions[index].case(of[index, choice].answers[:turn])
+                waiting[index, choice, turn] = self._judge.submit(case)
+            self._judge.finish()
 
     def _request(self, talk: _Talk) -> ChatRequest:
         """The next turn of a talk."""

@@ -37,6 +37,7 @@ class Judgment:
     prompt: Prompt | None = None  # what the judge was asked; None: it was not asked in words
     text: str = ""  # what it said, of several repeats the first
     ratings: tuple[float, ...] = ()  # of each repeat that was scored
+    is_lost: bool = False  # unscored as requests failed, not for anything that the judge said
 
     @property
     def spread(self) -> float:
@@ -71,7 +72,7 @@ class Client(Protocol):
 
         Args:
             prompt: what to ask.
-            attempt: 0, or how many times the same prompt was asked before.
+            attempt: 0, or how often the same prompt may have been asked before.
             retries: how often at most a failure is tried again; None: as often as the settings say.
 
         Raises:

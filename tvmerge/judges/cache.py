@@ -31,7 +31,7 @@ def cache_key(client: Mapping[str, Any], prompt: Prompt, *, repeat: int, attempt
     """What one request is known by.
 
     Args:
-        client: the client's identity: provider, model, address and parameters.
+        client: the client's identity: provider, model and parameters.
         prompt: what is asked; its name does not matter.
         repeat: 0 for the first time that the judge is asked for a rating of a case, and so on.
         attempt: 0, or 1 if the text of the first had no rating.
@@ -66,18 +66,18 @@ class JudgmentCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"the cache of judgments {path}: {error.strerror}, name another file") from error
+            raise ConfigError(f"the cache of judgments {path}: {error.strerror}, name another --cache_dir") from error
         try:
             self._file = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
         except sqlite3.Error as error:
-            raise ConfigError(f"the cache of judgments {path}: {error}, name another file") from error
+            raise ConfigError(f"the cache of judgments {path}: {error}, name another --cache_dir") from error
         try:
             self._prepare()
         except (sqlite3.Error, ConfigError) as error:
             self._file.close()
             if isinstance(error, ConfigError):
                 raise
-            raise ConfigError(f"the cache of judgments {path}: {error}, name another file") from error
+            raise ConfigError(f"the cache of judgments {path}: {error}, name another --cache_dir") from error
 
     def get(self, key: str) -> Completion | None:
         """What was completed under a key; None: nothing.

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import queue
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tvmerge.checkpoint import Checkpoint
-from tvmerge.errors import ConfigError, StopError
+from tvmerge.errors import ConfigError, StopError, TvmergeError
 from tvmerge.hub import resolve
 from tvmerge.judges import Completion, Prompt
 from tvmerge.models.chat import ChatAnswer, ChatModel, ChatRequest
@@ -65,17 +66,22 @@ class LocalClient:
         temperature: float,
         batch_size: int | str,
     ) -> None:
+        if not name.strip():
+            raise ConfigError(f"--judge_model_name {LOCAL}: names no model")
         self._checkpoint = Checkpoint(resolve(name, cache_dir=cache_dir))
         folder = self._checkpoint.model.path
+        tokenizer = load_tokenizer(folder)
+        marks = [mark for mark in tokenizer.all_special_tokens if len(mark) > 1]
+        #: What would end a turn if an answer could write it.
+        self._control = re.compile("|".join(f"(?<={re.escape(m[0])})(?={re.escape(m[1:])})" for m in marks) or "(?!)")
         try:
-            self._template = open_template(None, load_tokenizer(folder))
+            self._template = open_template(None, tokenizer)
         except ConfigError as error:
             raise ConfigError(f"--judge_model_name {LOCAL}{name}: the judge has no chat template") from error
         self._device, self._batch_size = device, batch_size
         self._max_tokens, self._temperature = max_tokens, temperature
         self._identity = {
             "provider": "transformers",
-            "model": name,
             "weights": self._checkpoint.fingerprint,
             "template": self._template.digest,
             "temperature": temperature,
@@ -126,12 +132,27 @@ class LocalClient:
         """
         while not done():
             if batch := self._batch():
-                with self._in_place() as chat:
-                    self._answer(chat, batch)
+                try:
+                    with self._in_place() as chat:
+                        self._answer(chat, batch)
+                except Exception as error:
+                    failure = error if isinstance(error, TvmergeError) else _stop(error)
+                    for _, _, future in batch:  # nobody is to wait for what will not come
+                        _resolve(future, error=failure)
+                    raise failure from error
 
     def _answer(self, chat: ChatModel, batch: Sequence[_Asked]) -> None:
         requests = [self._request(prompt, attempt) for prompt, attempt, _ in batch]
-        chat.answer(requests, lambda index, answer: _tell(batch[index], answer))
+        assert self._model is not None
+        encode, render = self._template.encode, self._template.render
+        lengths = [len(encode(self._model.tokenizer, render(each.messages))) for each in requests]
+
+        def tell(index: int, answer: ChatAnswer) -> None:
+            refusal = answer.reason if answer.text is None else None if answer.text else "the judge's text is empty"
+            completion = Completion(answer.text or "", lengths[index], answer.n_tokens, refusal=refusal)
+            _resolve(batch[index][2], result=completion)
+
+        chat.answer(requests, tell)
 
     def _batch(self) -> list[_Asked]:
         """All that is asked until nothing more comes; a batch's composition does not change what is answered."""
@@ -144,7 +165,7 @@ class LocalClient:
 
     def _request(self, prompt: Prompt, attempt: int) -> ChatRequest:
         messages = [{"role": "system", "content": prompt.system}] if prompt.system else []
-        messages.append({"role": "user", "content": prompt.user})
+        messages.append({"role": "user", "content": self._control.sub(" ", prompt.user)})
         temperature = max(self._temperature, AGAIN_TEMPERATURE) if attempt else self._temperature
         digest = hashlib.sha256(json.dumps([prompt.system, prompt.user, attempt]).encode()).digest()
         return ChatRequest(messages=messages, temperature=temperature, seed=int.from_bytes(digest[:8], "big"))
@@ -199,17 +220,24 @@ class LocalClient:
         return self._chat
 
 
-def _tell(asked: _Asked, answer: ChatAnswer) -> None:
-    """Hand an answer to the thread that asked for it."""
-    _, _, future = asked
-    refusal = answer.reason if answer.text is None else None if answer.text else "the judge's text is empty"
-    completion = Completion(answer.text or "", tokens_in=0, tokens_out=answer.n_tokens, refusal=refusal)
+def _resolve(
+    future: asyncio.Future[Completion], *, result: Completion | None = None, error: Exception | None = None
+) -> None:
+    """Hand an answer, or why there is none, to the thread that waits for it."""
 
-    def tell() -> None:
-        if not future.done():  # given up meanwhile
-            future.set_result(completion)
+    def resolve() -> None:
+        if future.done():  # given up meanwhile
+            return
+        if result is None:
+            future.set_exception(error or RuntimeError("no answer"))
+        else:
+            future.set_result(result)
 
-    future.get_loop().call_soon_threadsafe(tell)
+    future.get_loop().call_soon_threadsafe(resolve)
+
+
+def _stop(error: Exception) -> StopError:
+    return StopError(f"the judge on this machine failed: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _has_room(device: str) -> bool:

@@ -15,8 +15,6 @@ from typing import Any
 
 from tvmerge.errors import BudgetError, ConfigError, RunError
 from tvmerge.judges import Completion, Prompt
-from tvmerge.judges.anthropic import AnthropicClient
-from tvmerge.judges.openai import OpenAIClient
 from tvmerge.judges.remote import text_bytes
 
 __all__ = ["KNOWN_PRICES", "LEDGER", "Meter", "Prices", "Reservation", "Usage", "known_prices"]
@@ -25,6 +23,9 @@ __all__ = ["KNOWN_PRICES", "LEDGER", "Meter", "Prices", "Reservation", "Usage", 
 LEDGER = "judge_usage.jsonl"
 #: Tokens that a chat's frame adds to a prompt of two messages; a few are usual.
 FRAME_TOKENS = 64
+
+
+MOST_USD = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,10 @@ class Prices:
             ConfigError: with the value.
         """
         for price in (self.input, self.output):
-            if not (math.isfinite(price) and price >= 0):
-                raise ConfigError(f"a judge's price is {price}, it must be 0 or more USD per million tokens")
+            if not 0 <= price <= MOST_USD:
+                raise ConfigError(
+                    f"a judge's price is {price}, it must be from 0 to {MOST_USD:,} USD per million tokens"
+                )
 
     def cost(self, tokens_in: int, tokens_out: int) -> float:
         """In USD."""
@@ -80,15 +83,12 @@ KNOWN_PRICES: Mapping[str, Prices] = {
 }
 
 
-def known_prices(model: str, base_url: str) -> Prices | None:
+def known_prices(model: str) -> Prices | None:
     """The list price of a model at its provider's own address; None: not known.
 
     Args:
         model: its name; a date or `-latest` at its end does not matter.
-        base_url: where it is asked, as the client has it. A local server has no list price, whatever the model's name.
     """
-    if base_url not in (AnthropicClient.default_url, OpenAIClient.default_url):
-        return None
     undated = re.sub(r"-(\d{4}-\d\d-\d\d|\d{8}|latest)$", "", model)
     return KNOWN_PRICES.get(model) or KNOWN_PRICES.get(undated)
 
@@ -238,7 +238,7 @@ class Meter:
         for line in text.split("\n"):
             try:
                 entry = json.loads(line)
-            except ValueError:  # what a power cut leaves
+            except (ValueError, RecursionError):  # what a power cut leaves
                 continue
             if (usage := self._usage(entry)) is not None:
                 yield str(entry["model"]), usage
@@ -248,9 +248,10 @@ class Meter:
         if not isinstance(entry, dict) or not entry.keys() >= {"model", "tokens_in", "tokens_out"}:
             return None
         tokens_in, tokens_out, cost = entry["tokens_in"], entry["tokens_out"], entry.get("cost")
-        if not (isinstance(tokens_in, int) and isinstance(tokens_out, int)):
+        if not (isinstance(tokens_in, int) and isinstance(tokens_out, int) and min(tokens_in, tokens_out) >= 0):
             return None
-        if not isinstance(cost, int | float):  # it was written when prices were not known
+        # Without a cost it was written when prices were not known.
+        if not isinstance(cost, int | float) or not 0 <= cost < math.inf:
             cost = self._prices.cost(tokens_in, tokens_out) if self._prices is not None else None
         return Usage(1, tokens_in, tokens_out, cost)
 

@@ -37,6 +37,7 @@ class _Repeat:
     rating: float | None
     reason: str | None
     text: str
+    is_lost: bool = False  # the request failed
 
 
 class PromptedJudge:
@@ -207,7 +208,7 @@ class PromptedJudge:
             try:
                 completion = await self._ask(prompt, repeat, attempt, model)
             except JudgeError as error:
-                return _Repeat(None, str(error), text)
+                return _Repeat(None, str(error), text, is_lost=True)
             text = completion.text
             if completion.refusal is not None:
                 return _Repeat(None, completion.refusal, text)
@@ -223,7 +224,7 @@ class PromptedJudge:
         key = cache_key(self._client.identity, prompt, repeat=repeat, attempt=attempt)
         task = self._asked.get(key)
         if task is None:
-            task = asyncio.ensure_future(self._fetch(key, prompt, attempt, model))
+            task = asyncio.ensure_future(self._fetch(key, prompt, 2 * repeat + attempt, model))
             self._asked[key] = task
             task.add_done_callback(lambda _: self._asked.pop(key, None))
         return await task
@@ -251,6 +252,8 @@ class PromptedJudge:
 
     async def _reserve(self, prompt: Prompt, model: str) -> Reservation:
         while True:
+            if self._failure is not None:  # while it waited: it would be asked and paid for in vain
+                raise _again(self._failure)
             reservation = self._meter.reserve(prompt, self._client.max_tokens, name=model)
             if reservation is not None:
                 return reservation
@@ -276,9 +279,10 @@ def _judgment(prompt: Prompt, repeats: Sequence[_Repeat]) -> Judgment:
     if 2 * len(ratings) > len(repeats):
         return Judgment(rating=statistics.median(ratings), prompt=prompt, text=text, ratings=ratings)
     reason = next(each.reason for each in repeats if each.rating is None)
+    is_lost = any(each.is_lost for each in repeats)
     if len(repeats) > 1:
         reason = f"{len(repeats) - len(ratings)} of {len(repeats)} repeats are unscored, the first: {reason}"
-    return Judgment(rating=None, reason=reason, prompt=prompt, text=text, ratings=ratings)
+    return Judgment(None, reason, prompt=prompt, text=text, ratings=ratings, is_lost=is_lost)
 
 
 def _as_ours(error: BaseException) -> TvmergeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import string
@@ -28,7 +29,7 @@ FIELDS: Mapping[str, frozenset[str]] = {
     ),
 }
 #: Lines of a template that set its parts apart: `[The answer ends]`, `<|The Start of ...|>`, `### User:`.
-_DELIMITER = re.compile(r"^\s*(\[[^\[\]{}]+\]|<\|[^{}]+\|>|#+ [^{}]+)\s*$", re.MULTILINE)
+_DELIMITER = re.compile(r"^[^\S\n]*(\[[^\[\]{}\n]+\]|<\|[^{}\n]+\|>|#+ [^{}\n]+)[^\S\n]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,10 @@ class JudgePrompts:
         self._templates = dict(templates)
 
     @property
-    def identity(self) -> dict[str, list[str]]:
-        """All texts, by name."""
-        return {
-            name: [template.system, *(f"{text}{{{field or ''}}}" for text, field in template.pieces)]
-            for name, template in sorted(self._templates.items())
-        }
+    def digest(self) -> str:
+        """What tells files of prompts apart: their texts, in whatever order."""
+        texts = {name: [template.system, template.pieces] for name, template in self._templates.items()}
+        return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:16]
 
     def render(self, case: Case) -> Prompt:
         """Put a case: with its references if it has some, its first turn too if it is the second.
@@ -97,10 +96,14 @@ def load_judge_prompts(path: Path) -> JudgePrompts:
             entry = json.loads(line)
             name = entry["name"]
             if name in FIELDS:
-                templates[name] = _template(name, str(entry.get("system_prompt") or ""), entry["prompt_template"])
+                texts = [entry.get("system_prompt") or "", entry["prompt_template"]]
+                if not all(isinstance(text, str) for text in texts):
+                    raise ValueError("system_prompt and prompt_template must be texts")
+                "".join(texts).encode()  # refuses half of a character
+                templates[name] = _template(name, *texts)
                 if entry.get("output_format", "[[rating]]") != "[[rating]]":
                     raise ValueError(f"output_format must be [[rating]], got {entry['output_format']!r}")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise ConfigError(f"{where}: is no judge prompt: {what}") from error
     if missing := [name for name in FIELDS if name not in templates]:
@@ -110,7 +113,7 @@ def load_judge_prompts(path: Path) -> JudgePrompts:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").split("\n")
+        return path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--judge_file {path}: cannot be read: {error}") from error
 

@@ -10,16 +10,22 @@ __all__ = ["BEST", "WORST", "defused", "read_rating"]
 
 WORST, BEST = 1.0, 10.0
 
-#: `[[8]]`, `[[ 7.5 ]]`, `[[8/10]]`, `[[8点]]`, `[[Rating: 8]]`, once wide characters are narrow.
+#: `[[8]]`, `[[ 7.5 ]]`, `[[8/10]]`, `[[8点]]`, `[[Rating: 8]]`, once wide characters are narrow. Never longer than
+#: `_LONGEST`: what is no longer than that can be looked for in an answer.
 _RATING = re.compile(
-    r"""\[\[ \s* (?: (?:rating|score|評価|評点|点数|スコア) \s* [:=]? \s* )?
-        (?P<rating> [+-]? \d+ (?:\.\d+)? ) \s* (?: / \s* (?P<of> \d+ ) | 点 )? \s* \]\]""",
+    r"""\[\[ \s{0,9} (?: (?:rating|score|評価|評点|点数|スコア) \s{0,9} [:=]? \s{0,9} )?
+        (?P<rating> [+-]? \d{1,5} (?:\.\d{1,5})? ) \s{0,9} (?: / \s{0,9} (?P<of> \d{1,5} ) | 点 )? \s{0,9} \]\]""",
     re.VERBOSE | re.IGNORECASE,
 )
-#: Two brackets in a row, as many widths as they come in: what a rating begins with.
-_BRACKETS = re.compile(r"[\[［](?=[\[［])")
-#: Thoughts of a reasoning model, which may weigh several ratings.
-_THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
+_LONGEST = 100
+#: Two brackets in a row, of all forms that become one when wide characters are made narrow.
+_BRACKETS = re.compile(r"[\[［﹇](?=[\[［﹇])")
+#: Thoughts of a reasoning model, which may weigh several ratings. Their beginning may be missing: some servers'
+#: templates write it themselves.
+_THOUGHTS = re.compile(
+    r"\A\s*<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)|\A.*</think(?:ing)?>", re.DOTALL | re.IGNORECASE
+)
+_THINK = re.compile(r"<(/?think(?:ing)?)>", re.IGNORECASE)
 
 
 def read_rating(text: str) -> float | None:
@@ -35,8 +41,6 @@ def read_rating(text: str) -> float | None:
     `/10` nor wide digits. A single pair of brackets, its second choice, is as often a footnote.
     """
     spoken = _THOUGHTS.sub("", unicodedata.normalize("NFKC", text))
-    # What a model thinks may lack its beginning, which some servers' templates write themselves.
-    spoken = re.split(r"</think(?:ing)?>", spoken, flags=re.IGNORECASE)[-1]
     found = list(_RATING.finditer(spoken))
     if not found:
         return None
@@ -56,20 +60,24 @@ def defused(answer: str, *, delimiters: Iterable[str] = ()) -> str:
 
     Returns:
         The answer with a space between two brackets where a rating begins, and round brackets around what looks like a
-        delimiter.
+        delimiter or sets thoughts apart. A delimiter of one word counts on a line of its own: `x[question]` is code.
     """
     text = answer
     for match in reversed(list(_BRACKETS.finditer(answer))):
-        if _RATING.match(unicodedata.normalize("NFKC", answer[match.start() : match.start() + 80])):
+        if _RATING.match(unicodedata.normalize("NFKC", answer[match.start() : match.start() + _LONGEST])):
             at = match.start() + 1
             text = f"{text[:at]} {text[at:]}"
+    text = _THINK.sub(r"(\1)", text)
     for delimiter in delimiters:
         words = delimiter.strip("[]<>|# \t").replace("\\", r"\\")
-        text = re.sub(_as_written(delimiter), f"({words})", text, flags=re.IGNORECASE)
+        text = re.sub(_as_written(delimiter), f"({words})", text, flags=re.IGNORECASE | re.MULTILINE)
     return text
 
 
 def _as_written(delimiter: str) -> str:
     """A pattern of a delimiter in any spacing and in wide brackets too."""
     pattern = r"\s+".join(re.escape(word) for word in delimiter.split())
-    return pattern.replace(r"\[", r"[\[［]").replace(r"\]", r"[\]］]")
+    pattern = pattern.replace(r"\[", r"[\[［﹇]").replace(r"\]", r"[\]］﹈]")
+    # ASCII: a delimiter in Japanese has no spaces, and is no code.
+    is_word = " " not in delimiter and delimiter.isascii()
+    return rf"(?<![^\n])[^\S\n]*{pattern}[^\S\n]*(?![^\n])" if is_word else pattern

@@ -30,6 +30,8 @@ SECRET_LENGTH = 8
 #: A host that does not answer at all is given up sooner than one that thinks.
 CONNECT_SECONDS = 10.0
 REASON_LENGTH = 300
+#: The rating is at the end. A server that does not keep to the tokens it was given must not fill the disk.
+LONGEST_TEXT = 100_000
 #: How servers say that they do not know a parameter, or not this value of it.
 UNSUPPORTED = re.compile(
     r"unsupported|not support|unrecogni[sz]ed|unknown|unexpected|deprecated|extra (input|field)|not (permit|allow)",
@@ -84,11 +86,19 @@ class RemoteClient(ABC):
         self.settings = settings
         self.notes: list[str] = []  # what was found out about the server, for the user to read
         self._without: set[str] = set()  # parameters that the server does not take
+        self._has_answered = False
         self.base_url, is_own = self.address(settings.base_url)
         key = _key(self.key_variable, needed=is_own)
         self._secret = key if len(key) >= SECRET_LENGTH else None
         self._sdk: Any = _import(self.package)
-        self._client: Any = self._connect(key, self._sdk.Timeout(settings.timeout, connect=CONNECT_SECONDS))
+        try:
+            self._client: Any = self._connect(key, self._sdk.Timeout(settings.timeout, connect=CONNECT_SECONDS))
+        # Of proxies and certificates that the environment names, and of addresses that are none.
+        except Exception as error:  # noqa: BLE001  # of two packages and what they stand on
+            raise ConfigError(
+                f"the client of {self.name} at {self.base_url} cannot be made, see proxies and certificates in the "
+                f"environment: {self._in_one_line(_cause(error))}"
+            ) from None
 
     @classmethod
     def address(cls, base_url: str | None) -> tuple[str, bool]:
@@ -101,7 +111,8 @@ class RemoteClient(ABC):
             ConfigError: it is no address.
         """
         named = base_url or os.environ.get(cls.url_variable, "").strip()
-        return _checked_url(named or cls.default_url), not named
+        url = _checked_url(named or cls.default_url)
+        return url, url == cls.default_url
 
     @property
     def name(self) -> str:
@@ -115,12 +126,11 @@ class RemoteClient(ABC):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Everything that a completion depends on but the prompt."""
+        """Everything that a completion depends on but the prompt. Not the address: the same model may have moved."""
         settings = self.settings
         return {
             "provider": self.provider,
             "model": settings.model,
-            "base_url": self.base_url,
             "temperature": settings.temperature,
             "max_tokens": settings.max_tokens,
         }
@@ -195,12 +205,13 @@ class RemoteClient(ABC):
             # A text without visible words may have been thought over at length.
             tokens_out = text_bytes(text) or self.max_tokens
         # A lone surrogate is valid JSON and no UTF-8: no file could hold it.
-        text = self.redact(text).encode("utf-8", "replace").decode("utf-8")
+        text = self.redact(text).encode("utf-8", "replace").decode("utf-8")[-LONGEST_TEXT:]
         if refusal is None and not text.strip():
             refusal = "the judge's text is empty"
         reason = self._in_one_line(refusal) if refusal is not None else None
         assert tokens_in is not None, "said or estimated"
         assert tokens_out is not None, "said or estimated"
+        self._has_answered = True
         return Completion(text, tokens_in, tokens_out, refusal=reason, estimated=estimated)
 
     def _leave_out(self, error: Any, without: frozenset[str]) -> bool:
@@ -224,7 +235,7 @@ class RemoteClient(ABC):
         said = f"{self.name} at {self.base_url}: HTTP {status}, {body}"
         if status == 401:
             return ConfigError(f"{said}; the key in {self.key_variable} is refused, set another")
-        if status == 403:
+        if status == 403 and not self._has_answered:  # later on it is the prompt that some gateways refuse by it
             return ConfigError(f"{said}; the key in {self.key_variable} may not use this model")
         if status == 404:
             return ConfigError(f"{said}; check --judge_model_name and --judge_base_url")
@@ -292,7 +303,7 @@ def _cause(error: Exception) -> str:
 def _key(variable: str, *, needed: bool) -> str:
     key = os.environ.get(variable, "").strip()  # a key from a file often ends with a line feed
     if not key and needed:
-        raise ConfigError(f"{variable} is not set: put the judge's key there")
+        raise ConfigError(f"{variable} is not set: put the judge's key there, or name another --judge_model_name")
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise ConfigError(f"{variable} holds characters that no key has, set it again")
     return key or NO_KEY

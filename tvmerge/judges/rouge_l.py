@@ -32,8 +32,12 @@ def rouge_l(answer: str, reference: str) -> float:
     """
     ours, theirs = tokens(answer), tokens(reference)
     if not ours or not theirs:
-        return float(ours == theirs and unicodedata.normalize("NFKC", answer.strip()) == reference.strip())
+        return float(ours == theirs and _narrow(answer) == _narrow(reference))
     return 2 * _common_subsequence(ours, theirs) / (len(ours) + len(theirs))
+
+
+def _narrow(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).strip()
 
 
 def _common_subsequence(first: Sequence[str], second: Sequence[str]) -> int:
@@ -57,7 +61,6 @@ class RougeL:
     """Rates an answer by its ROUGE-L with the reference answer, times 10."""
 
     name = "rouge_l"
-    needs_references = True
 
     @property
     def identity(self) -> Mapping[str, Any]:

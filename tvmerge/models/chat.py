@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jinja2
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -125,7 +126,10 @@ class ChatModel:
 
     def _prepare(self, request: ChatRequest) -> GenerationRequest | str:
         """What the model is to go on from, or why it cannot."""
-        prompt = self._encode(self._template.render(request.messages))
+        try:
+            prompt = self._encode(self._template.render(request.messages))
+        except jinja2.TemplateError as error:
+            return f"the chat template refuses this chat: {' '.join(str(error).split())}"
         room = self._max_length - len(prompt)
         if self._model.config.is_encoder_decoder:
             room = self._max_new_tokens if room >= 0 else 0  # the answer has a place of its own

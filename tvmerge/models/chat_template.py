@@ -93,8 +93,8 @@ def open_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> ChatT
         return _of_jinja("the tokenizer's own", None, tokenizer)
     if name.endswith(".jinja"):
         try:
-            text = Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            text = Path(name).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError, RuntimeError) as error:
             raise ConfigError(f"--chat_template {name}: {_one_line(error)}") from error
         return _of_jinja(name, text, tokenizer)
     return _of_fastchat(name)
@@ -127,7 +127,9 @@ def _of_jinja(name: str, text: str | None, tokenizer: PreTrainedTokenizerBase) -
                 tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
             )
 
-        write(_TURNS)
+        written = write(_TURNS)
+        if missing := [turn["content"] for turn in _TURNS if turn["content"] not in written]:
+            raise ValueError(f"it leaves turns out, of a chat with the turn {missing[0]!r} it wrote {written!r:.80}")
     except Exception as error:
         raise ConfigError(f"chat template ({name}): {_one_line(error)}") from error
     return ChatTemplate(name, False, (), frozenset(), _writes_system(write), write)
