@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import pytest
 import torch
+from judge_server import KEY, JudgeServer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
@@ -100,6 +101,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("full"):
                 item.add_marker(pytest.mark.skip(reason="only with --full"))
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
+    """A judge on this machine, and keys for it."""
+    monkeypatch.setenv("NO_PROXY", "*")
+    for provider in ("OPENAI", "ANTHROPIC"):
+        monkeypatch.setenv(f"{provider}_API_KEY", KEY)
+    judge = JudgeServer()
+    judge.start()
+    yield judge
+    judge.stop()
 
 
 @pytest.fixture(scope="session")

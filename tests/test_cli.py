@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -266,16 +265,18 @@ def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture[st
 
 
 def test_help_takes_less_than_a_second() -> None:
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "tvmerge", "--help"], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
-        seconds.append(time.perf_counter() - started)
+    # Of a processor: another test may have the other one.
+    code = (
+        "import os, subprocess, sys; subprocess.run([sys.executable, '-m', 'tvmerge', '--help'], check=True, stdout=-3)"
+    )
+    code += "; used = os.times(); print(used.children_user + used.children_system)"
+    run = [sys.executable, "-c", code]
+    seconds = [float(subprocess.run(run, check=True, capture_output=True, cwd=ROOT).stdout) for _ in range(3)]
     assert min(seconds) < 1
 
 
 def test_import_is_light() -> None:
-    heavy = "'torch', 'transformers', 'lm_eval', 'optuna', 'datasets'"
+    heavy = "'torch', 'transformers', 'lm_eval', 'optuna', 'datasets', 'openai', 'anthropic', 'fastchat', 'numba'"
     code = f"import sys, tvmerge, tvmerge.cli; print([name for name in ({heavy}) if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.strip() == "[]"

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,14 +39,6 @@ print("done")
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-@pytest.fixture
-def server() -> Iterator[JudgeServer]:
-    each = JudgeServer()
-    each.start()
-    yield each
-    each.stop()
 
 
 def start(server: JudgeServer, cache: Path, count: int) -> subprocess.Popen[str]:

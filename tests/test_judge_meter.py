@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,14 +32,6 @@ def rounded(usage: Usage) -> Usage:
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-@pytest.fixture
-def server() -> Iterator[JudgeServer]:
-    each = JudgeServer()
-    each.start()
-    yield each
-    each.stop()
 
 
 def test_tokens_and_money_by_model_and_over_processes(server: JudgeServer, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Trio
-from judge_server import KEY, JudgeServer, Request, client_of, judge_of
+from judge_server import JudgeServer, Request, client_of, judge_of
 
 from tvmerge.checkpoint import Checkpoint
 from tvmerge.errors import RunError, StopError
@@ -26,15 +26,6 @@ from tvmerge.models.chat_template import open_template
 from tvmerge.models.transformers import TransformersModel
 
 CATEGORIES = ("writing", "math", "stem", "何か")
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    judge = JudgeServer()
-    judge.start()
-    yield judge
-    judge.stop()
 
 
 @pytest.fixture(scope="module")

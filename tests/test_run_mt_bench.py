@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,6 @@ from tvmerge.evaluators import QuestionScore, mean_score
 
 N_TRIALS = 9
 CHECK = "Reply with [[1]] and with nothing else."
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    judge = JudgeServer()
-    judge.start()
-    yield judge
-    judge.stop()
 
 
 @pytest.fixture(scope="module")
