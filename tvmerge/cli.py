@@ -20,7 +20,16 @@ from dataclasses import fields
 from jsonargparse import ArgumentParser
 
 from tvmerge import __version__
-from tvmerge.config import ALIASES, LIST_SETTINGS, SWITCHES, ApplyConfig, JglueConfig, MtBenchConfig, PlanConfig
+from tvmerge.config import (
+    ALIASES,
+    LIST_SETTINGS,
+    SWITCHES,
+    ApplyConfig,
+    JglueConfig,
+    MoeConfig,
+    MtBenchConfig,
+    PlanConfig,
+)
 from tvmerge.errors import InputError, TaskError, TvmergeError
 
 __all__ = ["main"]
@@ -60,18 +69,27 @@ def _run_apply(config: ApplyConfig) -> None:
     print(f"{config.output_dir}: the model of {config.recipe}")
 
 
+def _run_moe(config: MoeConfig) -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from tvmerge.assembly import assemble
+
+    assemble(config)
+    print(f"{config.output_dir}: the mixture of experts of {config.mixture}")
+
+
 #: Command → its configuration and what runs it. Heavy modules are imported when a command runs, not before.
 COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "jglue": (JglueConfig, _run_jglue),
     "mt_bench": (MtBenchConfig, _run_mt_bench),
     "plan": (PlanConfig, _run_plan),
     "apply": (ApplyConfig, _run_apply),
+    "moe": (MoeConfig, _run_moe),
 }
 
 #: What to say when a command is interrupted.
 GOES_ON = dict.fromkeys(("tvmerge jglue", "tvmerge mt_bench"), "the same command goes on where it stopped")
 #: Settings that are given without a flag.
-POSITIONAL = {"recipe": "a recipe.yaml that a run has written"}
+POSITIONAL = {"recipe": "a recipe.yaml that a run has written", "mixture": "a YAML file as mergekit-moe reads it"}
 
 
 def _parser() -> ArgumentParser:

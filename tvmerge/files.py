@@ -11,7 +11,15 @@ from pathlib import Path
 
 from tvmerge.errors import ConfigError
 
-__all__ = ["check_output", "check_writable", "local_path", "remove_staged", "staged_directory", "write_text"]
+__all__ = [
+    "check_new",
+    "check_output",
+    "check_writable",
+    "local_path",
+    "remove_staged",
+    "staged_directory",
+    "write_text",
+]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -96,6 +104,17 @@ def check_writable(directory: Path) -> None:
         raise ConfigError(f"--output_dir {directory}: {existing} is a file, name a folder")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(f"--output_dir {directory}: no permission to write in {existing}")
+
+
+def check_new(directory: Path) -> None:
+    """Refuse an output folder that holds something or that cannot be written, without making it.
+
+    Raises:
+        ConfigError: with the folder.
+    """
+    check_writable(directory.parent)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ConfigError(f"--output_dir {directory}: exists and is not empty, name a new folder")
 
 
 def check_output(directory: Path) -> None:

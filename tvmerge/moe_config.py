@@ -62,7 +62,11 @@ def find_layout(model: DenseModel) -> Layout:
 
 
 def moe_config(
-    experts: Sequence[DenseModel], *, base: DenseModel | None = None, experts_per_token: int = 2, dtype: str | None = None
+    experts: Sequence[DenseModel],
+    *,
+    base: DenseModel | None = None,
+    experts_per_token: int = 2,
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """The content of a mixture's config.json.
 

@@ -13,7 +13,7 @@ import yaml
 from tvmerge import __version__
 from tvmerge.checkpoint import Checkpoint, Header
 from tvmerge.errors import ConfigError, RecipeError, RunError
-from tvmerge.files import check_writable, local_path, staged_directory, write_text
+from tvmerge.files import check_new, local_path, staged_directory, write_text
 from tvmerge.granularity import Grouping
 from tvmerge.lora import Adapter
 from tvmerge.merge import MergedStateDict
@@ -288,9 +288,7 @@ def apply_recipe(path: Path, *, output: Path, dtype: str | None = None, cache_di
         InputError: the recipe, its sources or the output folder cannot work; nothing was written.
     """
     output = output.resolve()
-    check_writable(output.parent)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ConfigError(f"--output_dir {output}: exists and is not empty, name a new folder")
+    check_new(output)
     recipe = Recipe.load(path)
     if dtype is not None:
         recipe = replace(recipe, dtype=dtype, score={})  # which was that of another model

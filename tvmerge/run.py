@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from transformers import PreTrainedTokenizerBase
 
 from tvmerge.checkpoint import Checkpoint, Header
 from tvmerge.config import JglueConfig, MtBenchConfig, SearchConfig
-from tvmerge.errors import CheckpointError, ConfigError, RecipeError, RunError, TvmergeError
+from tvmerge.errors import CheckpointError, RecipeError, RunError, TvmergeError
 from tvmerge.evaluators import (
     Evaluator,
     Questions,
@@ -30,6 +29,7 @@ from tvmerge.files import check_output, local_path, remove_staged, staged_direct
 from tvmerge.hub import ModelId
 from tvmerge.judging import open_judged, trial_name
 from tvmerge.merge import Merge
+from tvmerge.models.device import choose_device
 from tvmerge.models.transformers import TransformersModel, load_tokenizer, unread_by_all
 from tvmerge.progress import RunProgress
 from tvmerge.questions import ask_questions, open_tasks
@@ -117,22 +117,6 @@ def _search(
     finally:
         if study is not None:
             study.close()
-
-
-def choose_device(name: str) -> str:
-    """The device that `auto` means here, or the one that was named.
-
-    Raises:
-        ConfigError: it is not there.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0].partition(". ")[0]
-        raise ConfigError(f"--device {name}: cannot be used here: {reason}") from error
-    return name
 
 
 def open_study(

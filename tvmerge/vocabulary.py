@@ -18,12 +18,22 @@ __all__ = ["VOCABULARIES", "Aligned", "Rows", "align_rows", "check_same_vocabula
 
 #: What to do with models whose vocabularies differ.
 VOCABULARIES = ("same", "intersect")
+_ONE_TOKENIZER = (
+    "use models of one tokenizer, or --vocabulary intersect to merge the rows of the tokens that they share"
+)
 
 
-def check_same_vocabulary(reference: Header, other: Header, *, reference_name: str, other_name: str) -> None:
+def check_same_vocabulary(
+    reference: Header,
+    other: Header,
+    *,
+    reference_name: str,
+    other_name: str,
+    hint: str = _ONE_TOKENIZER,
+) -> None:
     """Refuse two models whose tokenizers give different ids to tokens, where both ship a tokenizer.json.
 
-    Only the model's own vocabulary counts: a chat format may rename added tokens.
+    Only the model's own vocabulary counts: a chat format may rename added tokens. The error ends with `hint`.
 
     Raises:
         IncompatibleError: with the number of tokens that differ.
@@ -36,8 +46,7 @@ def check_same_vocabulary(reference: Header, other: Header, *, reference_name: s
     if moved or only_ours or only_theirs:
         raise IncompatibleError(
             f"the vocabularies of {reference_name} and {other_name} differ: {only_ours} tokens only in the former, "
-            f"{only_theirs} only in the latter, {len(moved)} with another id: use models of one tokenizer, or "
-            "--vocabulary intersect to merge the rows of the tokens that they share"
+            f"{only_theirs} only in the latter, {len(moved)} with another id: {hint}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from tvmerge.config.jglue import JglueConfig
 from tvmerge.config.merge import ApplyConfig, MergeConfig
+from tvmerge.config.moe import MoeConfig
 from tvmerge.config.mt_bench import MtBenchConfig, PlanConfig
 from tvmerge.config.search import SearchConfig
 
@@ -12,6 +13,7 @@ __all__ = [
     "ApplyConfig",
     "JglueConfig",
     "MergeConfig",
+    "MoeConfig",
     "MtBenchConfig",
     "PlanConfig",
     "SearchConfig",

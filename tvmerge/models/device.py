@@ -14,16 +14,33 @@ import torch
 from torch import Tensor
 
 from tvmerge.delta import Delta, keep_exactly
+from tvmerge.errors import ConfigError
 from tvmerge.lora import LoraTaskVector
 from tvmerge.merge import Merge, MergedStateDict
 from tvmerge.state_dict import StateDict, TensorSpec, as_array, as_tensor
 
-__all__ = ["DeviceWriter"]
+__all__ = ["DeviceWriter", "choose_device"]
 
 #: Elements that a sum of many terms takes at a time.
 PART = 1 << 26
 #: Bytes of a device that are left for the model's own work.
 RESERVE = 2_000_000_000
+
+
+def choose_device(name: str) -> str:
+    """The device that `auto` means here, or the one that was named.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0].partition(". ")[0]
+        raise ConfigError(f"--device {name}: cannot be used here: {reason}") from error
+    return name
 
 
 @dataclass(frozen=True)
