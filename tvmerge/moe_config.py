@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,8 +117,8 @@ def _settings(model: DenseModel) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING  # takes a while
 
     find_layout(model)
-    try:
-        found: dict[str, Any] = CONFIG_MAPPING[model.config["model_type"]].from_dict(dict(model.config)).to_dict()
+    try:  # on a copy: transformers fills in what rope leaves out
+        found: dict[str, Any] = CONFIG_MAPPING[model.config["model_type"]].from_dict(deepcopy(model.config)).to_dict()
     except Exception as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{model.name}: transformers cannot read its config.json: {reason}") from error

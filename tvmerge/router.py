@@ -110,9 +110,8 @@ def uniform_random(inputs: GateInputs) -> Array:
     Source:
         mergekit-moe's `gate_mode: uniform_random`, which draws them from an unseeded generator.
     """
-    bound = 1 / np.sqrt(inputs.hidden)
-    values = np.random.Generator(np.random.PCG64(inputs.seed)).random(inputs.shape, np.float32)
-    return (bound * (2 * values - 1)).astype(np.float32)
+    values: Array = np.random.Generator(np.random.PCG64(inputs.seed)).random(inputs.shape, np.float32)
+    return np.float32(inputs.hidden**-0.5) * (2 * values - 1)
 
 
 def cheap_embed(inputs: GateInputs) -> Array:
@@ -127,12 +126,7 @@ def cheap_embed(inputs: GateInputs) -> Array:
     tokenizer, embeddings = inputs.tokenizer(), inputs.embeddings()
 
     def direction(prompts: Sequence[str]) -> Array:
-        ids = [token for tokens in _tokenize(tokenizer, prompts) for token in tokens]
-        if max(ids) >= len(embeddings):
-            raise ConfigError(
-                f"gate_mode cheap_embed: the tokenizer gives token {max(ids)}, where the model has {len(embeddings)} "
-                "embeddings: use the tokenizer of the model"
-            )
+        ids = [token for tokens in _tokenize(tokenizer, prompts, len(embeddings)) for token in tokens]
         return _normalised(embeddings[ids].astype(np.float64).sum(axis=0))
 
     rows = [direction(own.positive) - (direction(own.negative) if own.negative else 0) for own in inputs.prompts]
@@ -178,7 +172,7 @@ def _from_hidden(inputs: GateInputs, pool: Callable[[Tensor, Tensor], Tensor]) -
     tokenizer, model = inputs.tokenizer(), inputs.model()
 
     def mean(prompts: Sequence[str]) -> Array:
-        tokens = _tokenize(tokenizer, prompts)
+        tokens = _tokenize(tokenizer, prompts, model.get_input_embeddings().num_embeddings)
         batches = [tokens[i : i + inputs.batch_size] for i in range(0, len(tokens), inputs.batch_size)]
         pooled = torch.cat([pool(*_hidden_states(model, batch)) for batch in batches], dim=1)
         means: Array = pooled.mean(dim=1).numpy()
@@ -206,14 +200,21 @@ def _hidden_states(model: PreTrainedModel, batch: Sequence[Sequence[int]]) -> tu
     return torch.stack([state.cpu().double() for state in made.hidden_states[:-1]]), mask.cpu()
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """The tokens of each prompt, with the token that begins a text in front and no others added, as mergekit does."""
+def _tokenize(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], n_embeddings: int) -> list[list[int]]:
+    """The tokens of each prompt, with the token that begins a text in front and no others added, as mergekit does.
+
+    Raises:
+        ConfigError: a prompt has no token, or one that the model does not know.
+    """
     texts = [(tokenizer.bos_token or "") + prompt for prompt in prompts]
     tokens: list[list[int]] = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     for prompt, own in zip(prompts, tokens, strict=True):
         if not own:
+            raise ConfigError(f"the prompt {prompt[:40]!r} has no token in the tokenizer of the model: write another")
+        if max(own) >= n_embeddings:
             raise ConfigError(
-                f"the prompt {prompt[:40]!r} has no token in the tokenizer of the model: write another one"
+                f"the prompt {prompt[:40]!r} has the token {max(own)}, where the model has {n_embeddings} embeddings: "
+                "use a model with a tokenizer of its own"
             )
     return tokens
 
