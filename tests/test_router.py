@@ -50,7 +50,8 @@ def padded(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> dict[s
 
 
 def unit(vector: Tensor) -> Tensor:
-    return vector / vector.norm().clamp(min=1e-8)
+    scaled: Tensor = vector / vector.norm().clamp(min=1e-8)
+    return scaled
 
 
 def slow_cheap_embed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> Tensor:

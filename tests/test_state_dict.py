@@ -21,6 +21,7 @@ from tvmerge.granularity import Grouping
 from tvmerge.hub import ModelId
 from tvmerge.merge import Merge
 from tvmerge.methods import METHODS
+from tvmerge.moe import LAYOUTS, Average, MixtureOfExperts
 from tvmerge.state_dict import (
     DTYPES,
     Array,
@@ -85,6 +86,13 @@ def implementations(trio: Trio) -> dict[str, StateDict]:
         "merge with integers": merge_one(integers, ones, "all").at({"b": 0.5}),
         "without": Without(checkpoint, ["lm_head.weight"]),
         "kept task vector": KeptTaskVector(Difference(tuned=opened(trio.tuned), base=opened(trio.base))),
+        "average": Average([checkpoint, merge.at(dict.fromkeys(merge.weight_names, 0.7))]),
+        "mixture of experts": MixtureOfExperts(
+            experts=[checkpoint, merge.at(dict.fromkeys(merge.weight_names, 0.7))],
+            router=np.ones((2, 2, 16), np.float32),
+            layout=LAYOUTS["mistral"],
+            base="average",
+        ),
         "aligned": Aligned(integers, Rows(source=(1, -1, 0), names=frozenset({"a"}))),
     }
 
@@ -93,7 +101,7 @@ def implementations(trio: Trio) -> dict[str, StateDict]:
     "name",
     [
         *("in memory", "checkpoint", "task vector", "merge", "merge at 0", "merge with integers", "without"),
-        *("kept task vector", "aligned"),
+        *("kept task vector", "aligned", "average", "mixture of experts"),
     ],
 )
 def test_conformance(name: str, trio: Trio) -> None:
