@@ -14,7 +14,8 @@ import yaml
 from transformers import PreTrainedModel
 
 from tvmerge.checkpoint import Checkpoint
-from tvmerge.config.moe import Mixture, MoeConfig
+from tvmerge.config.mixture import Mixture
+from tvmerge.config.moe import MoeConfig
 from tvmerge.delta import all_finite
 from tvmerge.errors import CheckpointError, ConfigError, IncompatibleError, RunError
 from tvmerge.files import check_new, local_path, staged_directory, write_text
