@@ -394,13 +394,16 @@ def test_rope_is_kept_however_it_is_spelled(kind: str, rope: Mapping[str, Any], 
     expert = save(tmp_path / "e", kind, seed=0)
     config = {**{k: v for k, v in expert.config.items() if not k.startswith("rope")}, **rope}
     (tmp_path / "e" / "config.json").write_text(json.dumps(config))
-    model = assembled([opened(tmp_path / "e")] * 2, tmp_path / "m")
+    expert = opened(tmp_path / "e")
+    model = assembled([expert] * 2, tmp_path / "m")
+    assert expert.config == config, "was changed on the way"
     torch.testing.assert_close(logits(model), logits(dense_of(expert)), rtol=1e-5, atol=1e-5)
-    # What reads only the spelling of before transformers 5 sees the same.
+    # What reads only the spelling of before transformers 5, or only that of today, sees the same.
     found = json.loads((tmp_path / "m" / "config.json").read_text())
-    older = {key: value for key, value in found.items() if key != "rope_parameters"}
-    (tmp_path / "m" / "config.json").write_text(json.dumps(older))
-    assert AutoConfig.from_pretrained(tmp_path / "m").rope_parameters == model.config.rope_parameters
+    for unread in ({"rope_parameters"}, {"rope_theta", "rope_scaling"}):
+        part = {key: value for key, value in found.items() if key not in unread}
+        (tmp_path / "m" / "config.json").write_text(json.dumps(part))
+        assert AutoConfig.from_pretrained(tmp_path / "m").rope_parameters == model.config.rope_parameters
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from test_moe import dense_of, experts_of, mixture, save
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -122,6 +123,19 @@ def test_an_average_is_over_the_tokens_of_each_prompt(tmp_path: Path) -> None:
 
     torch.testing.assert_close(torch.from_numpy(gates), slow_router(each_alone, checkpoint), rtol=1e-4, atol=1e-5)
     assert np.abs(gates - make_gates("hidden", inputs_of(checkpoint))).max() > 0.1
+
+
+def test_the_token_that_begins_a_text_comes_once(tmp_path: Path) -> None:
+    checkpoint = save(tmp_path / "m", seed=0)
+    tokenizer = load_tokenizer(tmp_path / "m")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert tokenizer("a")["input_ids"] == [1, 3, 2]
+    prompts = [ExpertPrompts(["a"]), ExpertPrompts(["b"])]
+    for mode in ("cheap_embed", "hidden"):
+        plain = inputs_of(checkpoint, prompts)
+        assert np.array_equal(make_gates(mode, replace(plain, tokenizer=lambda: tokenizer)), make_gates(mode, plain))
 
 
 def test_a_bfloat16_model_gives_nearly_the_same_router(tmp_path: Path) -> None:
