@@ -39,6 +39,7 @@ ROOMS = [
     "report",
     "progress",
     "config",
+    "benches",
     "judging",
     "plan",
     "assembly",

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
+from tvmerge.benches import find_bench, split_bench
 from tvmerge.config import MtBenchConfig
 from tvmerge.errors import ConfigError, TaskError
 from tvmerge.evaluators.bench import Bench, load_bench
-from tvmerge.judging import find_bench, split_bench
 
 REAL = ROOT.parent / "shared" / "data" / "fastchat" / "mt_bench"
 

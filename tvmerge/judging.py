@@ -12,20 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tvmerge.benches import answerable, find_bench, find_prompts, judge_name, split_bench
 from tvmerge.config import MtBenchConfig
-from tvmerge.errors import ConfigError, TaskError
+from tvmerge.errors import ConfigError
 from tvmerge.evaluators import Goals, TaskGoal
-from tvmerge.evaluators.bench import Bench, load_bench
+from tvmerge.evaluators.bench import Bench
 from tvmerge.evaluators.fastchat import FastChatFiles
 from tvmerge.evaluators.mt_bench import Asking, MtBenchEvaluator
-from tvmerge.evaluators.split import split_questions
 from tvmerge.files import local_path
 from tvmerge.judges import Client, Judge
 from tvmerge.judges.cache import JudgmentCache
 from tvmerge.judges.local import LOCAL, LocalClient
 from tvmerge.judges.meter import LEDGER, Meter, Prices, known_prices
 from tvmerge.judges.prompted import PromptedJudge
-from tvmerge.judges.prompts import MAX_TURNS, JudgePrompts, load_judge_prompts
 from tvmerge.judges.providers import PROVIDERS, make_client, parse_judge
 from tvmerge.judges.rating import read_rating
 from tvmerge.judges.remote import ClientSettings, RemoteClient
@@ -179,7 +178,7 @@ class JudgedBench:
             )
         if config.system_instruction and not template.takes_system:
             notes.append("the chat template takes no system message: --system_instruction is left out")
-        unused = len(self.bench.questions) - len(_answerable(self.bench, self.opened.judge.name))
+        unused = len(self.bench.questions) - len(answerable(self.bench, self.opened.judge.name))
         if unused:
             notes.append(f"bench {self.bench.name}: {unused} of its questions have no reference answer: not asked")
         return notes
@@ -274,18 +273,6 @@ def _client(config: MtBenchConfig, device: str) -> RemoteClient | LocalClient:
     )
 
 
-def judge_name(config: MtBenchConfig) -> str:
-    """What files call the judge: its model, without its provider.
-
-    Raises:
-        ConfigError: it names no model.
-    """
-    name = config.judge_model_name
-    if name == RougeL.name:
-        return name
-    return name.removeprefix(LOCAL) if name.startswith(LOCAL) else parse_judge(name)[1]
-
-
 def prices_of(config: MtBenchConfig) -> Prices | None:
     """What the judge's tokens cost: as the user says, or what is known of the model; None: unknown."""
     if config.judge_price_in is not None and config.judge_price_out is not None:
@@ -303,89 +290,3 @@ def _cache_file(config: MtBenchConfig) -> Path:
         return local_path(config.cache_dir, flag="--cache_dir") / "tvmerge" / "judgments.db"
     home = os.environ.get("XDG_CACHE_HOME") or str(local_path("~/.cache", flag="--cache_dir"))
     return Path(home) / "tvmerge" / "judgments.db"
-
-
-def find_bench(config: MtBenchConfig) -> Bench:
-    """Read the questions that a configuration names.
-
-    Raises:
-        TaskError: they are not there, or broken.
-    """
-    name = config.bench_name
-    if config.bench_dir is not None:
-        folder = local_path(config.bench_dir, flag="--bench_dir")
-        if name is not None and (folder / name / "question.jsonl").is_file():
-            folder /= name
-        if not (folder / "question.jsonl").is_file():
-            named = "" if name is None else f", nor is {folder / name / 'question.jsonl'}"
-            raise TaskError(f"--bench_dir {folder}: question.jsonl is not there{named}")
-        return load_bench(folder, name=name or folder.resolve().name, judge=judge_name(config))
-    assert name is not None, "the configuration has one of the two"
-    folders = list(dict.fromkeys(path.resolve() for path in (Path("benchmarks"), *_with_the_code("benchmarks"))))
-    for folder in folders:
-        if (folder / name / "question.jsonl").is_file():
-            return load_bench(folder / name, name=name, judge=judge_name(config))
-    known = sorted({path.parent.name for folder in folders for path in folder.glob("*/question.jsonl")})
-    raise TaskError(
-        f"--bench_name {name}: is not in {' or '.join(map(str, folders))}; there are {', '.join(known) or 'none'}; "
-        "--bench_dir takes any folder"
-    )
-
-
-def find_prompts(config: MtBenchConfig, bench: Bench) -> tuple[JudgePrompts, str]:
-    """Read the judge prompts that a configuration names, and say which they are.
-
-    Raises:
-        ConfigError: they are not there, or broken.
-    """
-    named = config.judge_file
-    if named is None:
-        japanese = [question for question in bench.questions if re.search("[ぁ-ヿ]", "".join(question.turns))]
-        named = "ja" if 2 * len(japanese) > len(bench.questions) else "en"
-    if named in ("en", "ja"):
-        path = next(path for path in _with_the_code("judge_prompts") if path.is_dir()) / f"{named}.jsonl"
-    else:
-        path = local_path(named, flag="--judge_file")
-    return load_judge_prompts(path), path.name
-
-
-def _with_the_code(name: str) -> list[Path]:
-    """Where a folder of ours is: beside the code in a clone, else in it."""
-    package = Path(__file__).parent
-    return [root / name for root in (package.parent, package)]
-
-
-def _answerable(bench: Bench, judge: str) -> list[int]:
-    """The questions that a judge can rate the answers to."""
-    if judge != RougeL.name:
-        for question in bench.questions:
-            if len(question.turns) > MAX_TURNS:
-                raise TaskError(
-                    f"bench {bench.name}, question {question.question_id!r}: has {len(question.turns)} turns, and "
-                    f"judge prompts show {MAX_TURNS}"
-                )
-        return list(range(len(bench.questions)))
-    return [index for index, question in enumerate(bench.questions) if question.references is not None]
-
-
-def split_bench(config: MtBenchConfig, bench: Bench, *, judge: str) -> tuple[list[int], list[int]]:
-    """Which questions the search sees, and which are held out; the shares of categories are kept.
-
-    Raises:
-        TaskError: too few of them, or one that the judge cannot rate.
-    """
-    usable = _answerable(bench, judge)
-    if not usable:
-        raise TaskError(
-            f"bench {bench.name}: no question has a reference answer to each turn, which the judge {judge} compares "
-            "with: add them, or name another --judge_model_name"
-        )
-    split = split_questions(
-        name=bench.name,
-        n_questions=len(usable),
-        holdout=config.holdout,
-        limit=config.question_limit,
-        seed=config.question_seed,
-        labels=[bench.questions[index].category for index in usable],
-    )
-    return [usable[i] for i in split.search], [usable[i] for i in split.heldout]

@@ -23,6 +23,7 @@ from tvmerge.state_dict import TensorSpec
 
 if TYPE_CHECKING:
     from tvmerge.evaluators.bench import BenchQuestion
+    from tvmerge.judges.prompts import JudgePrompts
 
 __all__ = ["plan"]
 
@@ -187,14 +188,11 @@ def _judge_rows(config: PlanConfig) -> list[tuple[str, str]]:
         ConfigError: the judge prompts are.
     """
     # Takes a second and a half: not before it is needed.
-    from tvmerge.judges.estimate import ANSWER_TOKENS, JUDGE_TOKENS, Estimate, estimate
-    from tvmerge.judging import find_bench, find_prompts, prices_of, split_bench
+    from tvmerge.benches import find_bench, find_prompts, split_bench
 
     bench = find_bench(config)
     splits = split_bench(config, bench, judge=config.judge_model_name)
     search, heldout = ([bench.questions[index] for index in split] for split in splits)
-    # The target, each tuned model, weight 1, the best uniform weight and the best.
-    models = len(config.tuned_models) + 4
     rows = [
         ("questions", f"{len(search)} in a trial, {len(heldout)} held out"),
         ("turns judged", f"{_turns(search)} in a trial, {_turns(heldout)} held out, {config.num_choices} of each"),
@@ -203,9 +201,20 @@ def _judge_rows(config: PlanConfig) -> list[tuple[str, str]]:
     if config.judge_model_name == "rouge_l":
         return [*rows, ("judge cost", "nothing")]
     prompts, which = find_prompts(config, bench)
+    return [*rows, ("judge prompts", which), *_cost_rows(config, prompts, search, heldout)]
+
+
+def _cost_rows(
+    config: PlanConfig, prompts: JudgePrompts, search: Sequence[BenchQuestion], heldout: Sequence[BenchQuestion]
+) -> list[tuple[str, str]]:
+    from tvmerge.judges.estimate import ANSWER_TOKENS, JUDGE_TOKENS, Estimate, estimate
+    from tvmerge.judging import prices_of
+
+    # The target, each tuned model, weight 1, the best uniform weight and the best.
+    models = len(config.tuned_models) + 4
+    parts = [(search, config.n_trials), (heldout or search, models if heldout else len(config.tuned_models))]
 
     def both(answer_tokens: int, judge_tokens: int) -> Estimate:
-        parts = [(search, config.n_trials), (heldout or search, models if heldout else len(config.tuned_models))]
         total = Estimate(0, 0, 0)
         for questions, times in parts:
             cases = [case for question in questions for case in question.empty_cases()]
@@ -215,8 +224,7 @@ def _judge_rows(config: PlanConfig) -> list[tuple[str, str]]:
 
     usual = both(min(ANSWER_TOKENS, config.max_new_token), min(JUDGE_TOKENS, config.judge_max_tokens))
     full = both(config.max_new_token, config.judge_max_tokens)
-    rows += [
-        ("judge prompts", which),
+    rows = [
         ("judgments", f"{usual.judgments:,} in {config.n_trials} trials and on held-out questions"),
         ("judge reads", f"about {_tokens(usual.tokens_in)}, {_tokens(full.tokens_in)} if all answers have full length"),
         ("judge writes", f"about {_tokens(usual.tokens_out)}, {_tokens(full.tokens_out)} at most"),
