@@ -210,7 +210,7 @@ def test_a_judge_that_talks_nonsense_stops_the_run(
     command += ["--output_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache"), "--n_trials", "2"]
     # Random characters hold no rating: the trial is refused, with its reason, and nothing is made up.
     assert main([*command, "--judge_max_tokens", "8", "--max_new_token", "6"]) == 1
-    assert "7 of 7 turns have no rating" in capsys.readouterr().err
+    assert "7 of 7 questions lack a rating" in capsys.readouterr().err
     assert not [trial for trial in trials(tmp_path / "run") if trial.value is not None]
     assert not (tmp_path / "run" / "model_judgment").exists()
 

@@ -271,7 +271,7 @@ def test_unscored_answers_are_left_out_and_shown(
     assert re.search(r"\| unscored +\|  +\| +[\d.]+%", captured.out)
     for trial in trials(output):
         found = scores_of(output)[f"trial-{trial.number:04d}"]
-        assert trial.user_attrs["unscored"] == sum(score.score is None for score in found) / len(found)
+        assert trial.user_attrs["unscored"] == len({score.question for score in found if score.score is None}) / 14
 
 
 def test_a_model_that_goes_away_is_not_scored_as_the_one_before(
@@ -316,11 +316,13 @@ def test_a_trial_with_too_many_unscored_answers_fails(
     failed = [trial for trial in trials(output) if trial.value is None]
     assert failed
     for trial in failed:
-        assert "turns have no rating, more than --max_unscored 0.1 allows; most often: " in trial.user_attrs["failure"]
+        assert (
+            "questions lack a rating, more than --max_unscored 0.1 allows; most often: " in trial.user_attrs["failure"]
+        )
         assert "I cannot rate this" in trial.user_attrs["failure"]
         assert f"trial-{trial.number:04d}" not in scores_of(output)
         assert not (output / "model_answer" / f"trial-{trial.number:04d}.jsonl").exists()
-    assert "no rating" in capsys.readouterr().err
+    assert "lack a rating" in capsys.readouterr().err
 
 
 def test_a_judge_that_fails_on_the_target_stops_the_run_and_the_same_command_goes_on(
@@ -447,7 +449,7 @@ def test_a_question_that_the_model_cannot_answer_is_unscored_and_never_judged(
     assert set(unscored) == {(100, 1), (100, 2), (101, 2)}
     assert all("the model takes 128" in reason for reason in unscored.values())
     assert not any("a" * 200 in prompt or "b" * 200 in prompt for prompt in asked(server))
-    assert trials(output)[0].user_attrs["unscored"] == 3 / 16
+    assert trials(output)[0].user_attrs["unscored"] == 2 / 14
     assert not any("ERROR" in prompt for prompt in asked(server)), "FastChat judges this word as an answer"
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import yaml
 
-from tvmerge.evaluators import Goals, QuestionScore, TaskGoal, mean_score, task_scores
+from tvmerge.evaluators import Goals, QuestionScore, TaskGoal, mean_score, task_scores, unscored_questions
 from tvmerge.recipe import Recipe
 from tvmerge.search import Gain, paired_gain
 
@@ -49,9 +49,9 @@ def score_table(
     alike = len({(goal.weight, goal.higher_is_better, goal.logarithmic) for goal in goals.values()}) <= 1
     is_mean = alike and all(goal.higher_is_better for goal in goals.values())
     rows.append(["**mean**" if is_mean else "**score**", str(sum(counts.values())), *means])
-    unscored = [sum(score.score is None for score in candidate.scores) for candidate in candidates]
-    if any(unscored):
-        rows.append(["unscored", "", *(f"{n / len(c.scores):.1%}" for n, c in zip(unscored, candidates, strict=True))])
+    unscored = [unscored_questions(candidate.scores) for candidate in candidates]
+    if any(n for n, _ in unscored):
+        rows.append(["unscored", "", *(f"{n / of:.1%}" for n, of in unscored)])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [_row(row, widths) for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|")

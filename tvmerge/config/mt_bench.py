@@ -39,7 +39,7 @@ class MtBenchConfig(SearchConfig):
         judge_price_in: US dollars for a million tokens that the judge reads; default is what is known of the model
         judge_price_out: US dollars for a million tokens that it writes
         max_judge_cost: US dollars that this output_dir may cost in all; the run stops before, and goes on when raised
-        max_unscored: a trial with a greater share of unscored answers fails
+        max_unscored: a trial with a greater share of questions that lack a rating, of any turn, fails
         parallel: requests to the judge at a time
         max_new_token: most tokens of an answer
         num_choices: answers to each question, all of them judged

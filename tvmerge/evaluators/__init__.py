@@ -23,6 +23,7 @@ __all__ = [
     "mean_score",
     "task_scores",
     "task_shares",
+    "unscored_questions",
 ]
 
 #: Called with the number of questions that have just been done.
@@ -161,6 +162,13 @@ def task_scores(scores: Iterable[QuestionScore]) -> dict[str, float | None]:
         if question.score is not None:
             scored.append(question.score)
     return {task: math.fsum(scored) / len(scored) if scored else None for task, scored in values.items()}
+
+
+def unscored_questions(scores: Iterable[QuestionScore]) -> tuple[int, int]:
+    """How many questions lack a score, of any turn or choice, and how many there are."""
+    scores = list(scores)
+    unscored = {(score.task, score.question) for score in scores if score.score is None}
+    return len(unscored), len({(score.task, score.question) for score in scores})
 
 
 def task_shares(tasks: Iterable[str], goals: Goals) -> dict[str, float]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tvmerge.errors import RunError, StopError
-from tvmerge.evaluators import Progress, QuestionScore, Scored
+from tvmerge.evaluators import Progress, QuestionScore, Scored, unscored_questions
 from tvmerge.evaluators.bench import Bench
 from tvmerge.evaluators.fastchat import FastChatFiles, Rated, Talk
 from tvmerge.judges import Judge, Judgment
@@ -63,7 +63,7 @@ class MtBenchEvaluator:
         questions: indices of those that are asked, sorted, never empty.
         judge: rates answers.
         asking: how they are put.
-        max_unscored: the greatest share of turns without a rating with which a model still has a score.
+        max_unscored: the greatest share of questions that lack a rating, of any turn, with which a model has a score.
         files: where answers and judgments are kept; None: nowhere.
         meter: of what the judge costs; None: nothing.
     """
@@ -125,7 +125,7 @@ class MtBenchEvaluator:
             name: of the model, in the files of answers and judgments.
 
         Raises:
-            RunError: too many turns have no rating.
+            RunError: too many questions lack a rating.
             StopError: the judge cannot be asked any more.
         """
         if self._meter is not None:
@@ -172,7 +172,7 @@ class MtBenchEvaluator:
         """
         for last in (False, True):
             lost = [key for key, future in waiting.items() if _result(future).is_lost]
-            if len(lost) <= self._max_unscored * self.n_scores:
+            if len({index for index, _, _ in lost}) <= self._max_unscored * self.n_questions:
                 return
             if last:
                 reason = _result(waiting[lost[0]]).reason
@@ -216,20 +216,24 @@ class MtBenchEvaluator:
         return QuestionScore(self._bench.name, talk.index, rating, turn=rated.turn, choice=talk.choice)
 
     def _facts(self, rated: Sequence[Rated]) -> dict[str, Any]:
-        reasons = Counter(each.judgment.reason for each in rated if each.judgment.rating is None)
+        n, of = unscored_questions(map(self._score, rated))
         spreads = [each.judgment.spread for each in rated if len(each.judgment.ratings) > 1]
-        facts: dict[str, Any] = {"unscored": sum(reasons.values()) / len(rated)}
-        facts |= {"unscored_reasons": dict(reasons.most_common(3))} if reasons else {}
+        facts: dict[str, Any] = {"unscored": n / of}
+        facts |= {"unscored_reasons": dict(_reasons(rated).most_common(3))} if n else {}
         return facts | ({"judge_spread": sum(spreads) / len(spreads)} if spreads else {})
 
     def _check(self, rated: Sequence[Rated]) -> None:
-        reasons = Counter(each.judgment.reason for each in rated if each.judgment.rating is None)
-        n = sum(reasons.values())
-        if n > self._max_unscored * len(rated):
+        n, of = unscored_questions(map(self._score, rated))
+        if n > self._max_unscored * of:
             raise RunError(
-                f"{n} of {len(rated)} turns have no rating, more than --max_unscored {self._max_unscored:g} allows; "
-                f"most often: {reasons.most_common(1)[0][0]}"
+                f"{n} of {of} questions lack a rating, more than --max_unscored {self._max_unscored:g} allows; most "
+                f"often: {_reasons(rated).most_common(1)[0][0]}"
             )
+
+
+def _reasons(rated: Sequence[Rated]) -> Counter[str | None]:
+    """Why turns are unscored."""
+    return Counter(each.judgment.reason for each in rated if each.judgment.rating is None)
 
 
 def _result(future: Future[Judgment]) -> Judgment:
