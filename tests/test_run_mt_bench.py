@@ -150,21 +150,23 @@ def test_the_same_answers_are_never_judged_twice(trio: Trio, bench: Path, server
 
 
 def kill_and_resume(
-    trio: Trio, bench: Path, server: JudgeServer, folder: Path, seconds: list[float]
+    trio: Trio, bench: Path, server: JudgeServer, folder: Path, moments: list[tuple[int, float]]
 ) -> tuple[Path, int]:
-    """A run that is killed after so many seconds each time, and then left alone."""
-    output, kills = folder / "run", 0
+    """A run that is killed so many judgments and seconds after it began each time, and then left alone."""
+    output = folder / "run"
     command = [sys.executable, "-m", "tvmerge", *flags(trio, bench, output, server)]
-    for patience in [*seconds, 600.0]:
+    for kills, (judgments, seconds) in enumerate([*moments, (1 << 30, 0.0)]):
+        before = len(server.requests)
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        try:
-            _, errors = process.communicate(timeout=patience)
-            assert process.returncode == 0, errors
-            return output, kills
-        except subprocess.TimeoutExpired:
+        while process.poll() is None and len(server.requests) < before + judgments:
+            time.sleep(0.002)
+        time.sleep(seconds)
+        if process.poll() is None:
             process.send_signal(signal.SIGKILL)
-            process.communicate()
-            kills += 1
+        _, errors = process.communicate()
+        if process.returncode == 0:
+            return output, kills
+        assert process.returncode == -signal.SIGKILL, errors
     raise AssertionError("the run did not end")
 
 
@@ -178,16 +180,15 @@ def test_a_killed_run_ends_as_one_that_was_not(
     straight, _ = kill_and_resume(trio, bench, server, tmp_path / "straight", [])
     expected, before = everything(straight / "best"), dict(asked(server))
     generator = random.Random(seed)
-    # Imports take seconds: a kill is to come when something is under way, more often than not.
-    killed, kills = kill_and_resume(
-        trio, bench, server, tmp_path / "killed", [generator.uniform(4, 9) for _ in range(3)]
-    )
-    assert kills
+    # There are some 250 judgments; the moments between them are for merging, writing and saving.
+    moments = [(generator.randint(2, 70), generator.uniform(0, 0.2)) for _ in range(3)]
+    killed, kills = kill_and_resume(trio, bench, server, tmp_path / "killed", moments)
+    assert kills == 3
     assert everything(killed / "best") == expected
     assert scores_of(killed) == scores_of(straight)
     assert (killed / "scores.jsonl").read_bytes() == (straight / "scores.jsonl").read_bytes()
     assert show_result(killed) == show_result(straight)
-    # Each folder has a cache of its own. A reply that was under way at a kill is the only one that is lost.
+    # Each folder has a cache of its own. Replies that were under way at a kill are the only ones that are lost.
     again = {prompt: n - before[prompt] for prompt, n in asked(server).items()}
     assert sum(n > 1 for n in again.values()) <= 8 * kills
     assert max(again.values()) <= 1 + kills
