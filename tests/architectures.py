@@ -34,7 +34,7 @@ from transformers import (
 from tvmerge.checkpoint import Checkpoint
 from tvmerge.hub import ModelId
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": 40,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -47,7 +47,7 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
-_NEOX = {k: v for k, v in _SIZES.items() if k not in {"num_key_value_heads", "head_dim"}}
+_NEOX = {k: v for k, v in SIZES.items() if k not in {"num_key_value_heads", "head_dim"}}
 _GPT2 = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 1}
 
 _IMAGES: dict[str, Any] = {
@@ -68,13 +68,13 @@ _LINEAR = {
 
 #: Decoders: name → configuration.
 ARCHITECTURES: Mapping[str, Callable[[], Any]] = {
-    "llama": lambda: LlamaConfig(**_SIZES),
-    "mistral": lambda: MistralConfig(**_SIZES),
-    "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=True),
-    "qwen3": lambda: Qwen3Config(**_SIZES),
-    "gemma2": lambda: Gemma2Config(**_SIZES),
-    "gemma3": lambda: Gemma3TextConfig(**_SIZES),
-    "phi3": lambda: Phi3Config(**_SIZES),
+    "llama": lambda: LlamaConfig(**SIZES),
+    "mistral": lambda: MistralConfig(**SIZES),
+    "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**SIZES),
+    "gemma2": lambda: Gemma2Config(**SIZES),
+    "gemma3": lambda: Gemma3TextConfig(**SIZES),
+    "phi3": lambda: Phi3Config(**SIZES),
     "gpt_neox": lambda: GPTNeoXConfig(**_NEOX),
     "gpt2": lambda: GPT2Config(**_GPT2, eos_token_id=2),
 }
@@ -82,21 +82,21 @@ ARCHITECTURES: Mapping[str, Callable[[], Any]] = {
 
 #: Models whose checkpoints hold other tensors than the live model does, or a tower beside the decoder.
 CONVERTED: Mapping[str, Callable[[], Any]] = {
-    "mixtral": lambda: MixtralConfig(**_SIZES, num_local_experts=3),
-    "qwen3_moe": lambda: Qwen3MoeConfig(**_SIZES, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16),
-    "hrm_text": lambda: HrmTextConfig(**{**_SIZES, "num_hidden_layers": 1}, H_cycles=1, L_cycles=1),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=3),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16),
+    "hrm_text": lambda: HrmTextConfig(**{**SIZES, "num_hidden_layers": 1}, H_cycles=1, L_cycles=1),
     "gemma3_vision": lambda: Gemma3Config(
-        text_config=Gemma3TextConfig(**_SIZES),
+        text_config=Gemma3TextConfig(**SIZES),
         vision_config=SiglipVisionConfig(**_IMAGES),
         mm_tokens_per_image=4,
         image_token_index=39,
     ),
     "llava": lambda: LlavaConfig(
-        text_config=LlamaConfig(**_SIZES), vision_config=CLIPVisionConfig(**_IMAGES), image_token_index=39
+        text_config=LlamaConfig(**SIZES), vision_config=CLIPVisionConfig(**_IMAGES), image_token_index=39
     ),
     # transformers can build its decoder alone from the same configuration.
     "qwen3_5": lambda: Qwen3_5Config(
-        text_config={**_SIZES, "layer_types": ["linear_attention", "full_attention"], **_LINEAR},
+        text_config={**SIZES, "layer_types": ["linear_attention", "full_attention"], **_LINEAR},
         vision_config={**_PATCHES, "depth": 1, "num_heads": 2, "out_hidden_size": 16, "num_position_embeddings": 4},
         image_token_id=39,
     ),

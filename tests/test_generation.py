@@ -35,7 +35,7 @@ from tvmerge.models import generation
 from tvmerge.models.batching import TokenBudget
 from tvmerge.models.generation import GenerationRequest, PreparedGeneration, can_generate_here
 
-SIZES = architectures._SIZES
+SIZES = architectures.SIZES
 
 
 @pytest.fixture(scope="session")

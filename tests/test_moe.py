@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import architectures
 import numpy as np
 import pytest
 import torch
@@ -39,19 +40,7 @@ from tvmerge.state_dict import DTYPES, Array, StateDict
 from tvmerge.task_vector import Difference
 from tvmerge.writer import write_weights
 
-SIZES: Mapping[str, Any] = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 2,
-}
+SIZES: Mapping[str, Any] = {**architectures.SIZES, "num_hidden_layers": 3}
 CONFIGS: Mapping[str, Any] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,

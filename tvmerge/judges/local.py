@@ -71,7 +71,9 @@ class LocalClient:
         self._checkpoint = Checkpoint(resolve(name, cache_dir=cache_dir))
         folder = self._checkpoint.model.path
         tokenizer = load_tokenizer(folder)
-        marks = [mark for mark in tokenizer.all_special_tokens if len(mark) > 1]
+        # Those that end a turn are often in no role, such as that of the end of a text, and special all the same.
+        marked = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        marks = sorted(mark for mark in marked | set(tokenizer.all_special_tokens) if len(mark) > 1)
         #: What would end a turn if an answer could write it.
         self._control = re.compile("|".join(f"(?<={re.escape(m[0])})(?={re.escape(m[1:])})" for m in marks) or "(?!)")
         try:
@@ -143,13 +145,10 @@ class LocalClient:
 
     def _answer(self, chat: ChatModel, batch: Sequence[_Asked]) -> None:
         requests = [self._request(prompt, attempt) for prompt, attempt, _ in batch]
-        assert self._model is not None
-        encode, render = self._template.encode, self._template.render
-        lengths = [len(encode(self._model.tokenizer, render(each.messages))) for each in requests]
 
         def tell(index: int, answer: ChatAnswer) -> None:
             refusal = answer.reason if answer.text is None else None if answer.text else "the judge's text is empty"
-            completion = Completion(answer.text or "", lengths[index], answer.n_tokens, refusal=refusal)
+            completion = Completion(answer.text or "", answer.n_prompt, answer.n_tokens, refusal=refusal)
             _resolve(batch[index][2], result=completion)
 
         chat.answer(requests, tell)

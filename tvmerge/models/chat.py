@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jinja2
@@ -58,6 +58,7 @@ class ChatAnswer:
     text: str | None  # without special tokens, cut at stop strings, stripped; None: there is no answer
     reason: str | None  # why not
     n_tokens: int  # generated ones, what ended the answer included
+    n_prompt: int = field(default=0, compare=False)  # tokens that it goes on from
 
 
 class ChatModel:
@@ -173,13 +174,13 @@ class ChatModel:
 
     def _chat_answer(self, request: GenerationRequest, answer: Answer) -> ChatAnswer:
         if answer.reason is not None:
-            return ChatAnswer(None, answer.reason, len(answer.ids))
+            return ChatAnswer(None, answer.reason, len(answer.ids), len(request.prompt))
         ids = answer.ids
         # What ends an answer need not be a special token.
         if ids and (ids[-1] in request.stop_ids or ids[-1] in self._generator.ends(self._model)):
             ids = ids[:-1]
         text = answer_text(self._tokenizer, ids, request.stop).strip()
-        return ChatAnswer(text, None, len(answer.ids))
+        return ChatAnswer(text, None, len(answer.ids), len(request.prompt))
 
     def _slowly(self, request: GenerationRequest) -> Answer:
         """The model's own way."""
