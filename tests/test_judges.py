@@ -20,12 +20,15 @@ import pytest
 from conftest import ROOT
 from judge_server import KEY, TOKENS_IN, TOKENS_OUT, JudgeServer, Rig, case_of, client_of, judge_of, rating_of, render
 
+from tvmerge.config import MtBenchConfig
 from tvmerge.errors import ConfigError, JudgeError, RunError
 from tvmerge.judges import Completion, Prompt
 from tvmerge.judges.meter import LEDGER, Meter
+from tvmerge.judges.openai import OpenAIClient
 from tvmerge.judges.prompted import PromptedJudge
 from tvmerge.judges.providers import PROVIDERS, make_client, parse_judge
 from tvmerge.judges.remote import ClientSettings
+from tvmerge.judging import prices_of
 
 BOTH = pytest.mark.parametrize("provider", sorted(PROVIDERS))
 
@@ -613,3 +616,23 @@ def test_the_identity_names_all_that_a_completion_depends_on(server: JudgeServer
                 "max_tokens": 64,
             },
         }
+
+
+def test_a_new_provider_is_one_class_and_one_line(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mine(OpenAIClient):
+        provider, key_variable, url_variable = "mine", "MINE_API_KEY", "MINE_BASE_URL"
+        default_url = f"{server.url}/v1"
+
+    with pytest.raises(ConfigError, match="unknown provider of judges 'mine'"):
+        make_client("mine", ClientSettings(model="m"))
+    monkeypatch.setitem(PROVIDERS, "mine", Mine)
+    assert parse_judge("mine:m") == ("mine", "m")
+    with pytest.raises(ConfigError, match="MINE_API_KEY is not set"):
+        make_client("mine", ClientSettings(model="m"))
+    monkeypatch.setenv("MINE_API_KEY", KEY)
+    with judge_of(make_client("mine", ClientSettings(model="m"))) as judge:
+        judge.check()
+        assert judge.submit(case_of(1)).result(5).rating == rating_of(prompt_of(1))
+    assert (
+        prices_of(MtBenchConfig(target_model="t", tuned_model="u", bench_name="b", judge_model_name="mine:m")) is None
+    )
