@@ -23,6 +23,7 @@ import torch
 import yaml
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from optuna.distributions import FloatDistribution
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from tvmerge.checkpoint import Checkpoint
@@ -32,7 +33,7 @@ from tvmerge.evaluators.lm_eval import LmEvalEvaluator
 from tvmerge.evaluators.tasks import LoadedTask, load_tasks
 from tvmerge.hub import resolve
 from tvmerge.models.transformers import TransformersModel
-from tvmerge.search import uniform_weights
+from tvmerge.search import BASELINES
 from tvmerge.sources import MergeSettings, open_sources
 from tvmerge.study import MergeStudy
 
@@ -128,11 +129,10 @@ def overhead(*, n_questions: int, rounds: int, batch_size: int = 256) -> dict[st
         study = MergeStudy(
             output_dir=Path(folder),
             identity={},
-            weight_names=merge.weight_names,
-            weight_range=(0.0, 2.0),
+            ranges=dict.fromkeys(merge.weight_names, FloatDistribution(0.0, 2.0)),
             sampler="TPE",
             seed=0,
-            uniform=uniform_weights(weight_min=0.0, weight_max=2.0)[:2],
+            first=[dict.fromkeys(merge.weight_names, weight) for weight in BASELINES],
         )
         gc.freeze()  # as a run does it
         for _ in range(2 + rounds):  # the first two warm up

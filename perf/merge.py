@@ -192,7 +192,7 @@ def measure_memory(what: str, folder: Path) -> int:
     from tvmerge.models.transformers import TransformersModel
 
     if what == "write":
-        from tvmerge.recipe import apply_recipe
+        from tvmerge.rebuild import apply_recipe
 
         with anonymous() as peak:
             apply_recipe(folder / "recipe.yaml", output=folder / "memory-out")

@@ -14,14 +14,15 @@ from tvmerge.errors import CheckpointError, IncompatibleError
 from tvmerge.granularity import Grouping
 from tvmerge.hub import ModelId
 from tvmerge.models.transformers import TransformersModel, unread_tensors
-from tvmerge.recipe import Recipe, write_model
+from tvmerge.rebuild import write_model
+from tvmerge.recipe import Recipe
 from tvmerge.sources import MergeSettings, Sources, TunedModel
 
 IDS = torch.tensor([[1, 5, 9, 13, 4, 8]])
 
 
 def sources_of(models: Mapping[str, Checkpoint]) -> Sources:
-    return Sources(target=models["target"], tuned=[TunedModel("tuned", models["tuned"], models["base"])])
+    return Sources(targets=[models["target"]], tuned=[TunedModel("tuned", models["tuned"], models["base"])])
 
 
 def assert_same_model(live: TransformersModel, name: str, folder: Path) -> None:

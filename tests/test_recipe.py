@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tvmerge.cli import main
 from tvmerge.errors import ConfigError, RecipeError, RunError, TvmergeError
-from tvmerge.recipe import Recipe, apply_recipe
+from tvmerge.rebuild import apply_recipe
+from tvmerge.recipe import Recipe
 
 
 def content(trio: Trio, **changes: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import FloatDistribution
 
 from tvmerge.errors import RunError, StudyError
 from tvmerge.evaluators import QuestionScore, Scored
@@ -17,14 +18,21 @@ from tvmerge.study import MergeStudy
 NAMES = ["layers.0", "layers.1"]
 
 
+def ranges(low: float, high: float) -> dict[str, FloatDistribution]:
+    return dict.fromkeys(NAMES, FloatDistribution(low, high))
+
+
+def points(*weights: float) -> list[dict[str, float]]:
+    return [dict.fromkeys(NAMES, weight) for weight in weights]
+
+
 def open_study(folder: Path, **changes: Any) -> MergeStudy:
     settings: dict[str, Any] = {
         "identity": {"mode": "layer", "tasks": ["a"]},
-        "weight_names": NAMES,
-        "weight_range": (0.0, 2.0),
+        "ranges": ranges(0.0, 2.0),
         "sampler": "TPE",
         "seed": 42,
-        "uniform": [0.0, 1.0, 0.5],
+        "first": points(0.0, 1.0, 0.5),
         **changes,
     }
     return MergeStudy(output_dir=folder, **settings)
@@ -89,7 +97,7 @@ def test_baselines_come_first(tmp_path: Path) -> None:
 
 
 def test_a_baseline_outside_of_the_range_is_still_scored(tmp_path: Path) -> None:
-    results = run(tmp_path, 15, weight_range=(0.2, 0.8), uniform=[0.0, 1.0])
+    results = run(tmp_path, 15, ranges=ranges(0.2, 0.8), first=points(0.0, 1.0))
     assert [list(weights.values()) for _, weights, _ in results[:2]] == [[0, 0], [1, 1]]
     assert all(0.2 <= weight <= 0.8 for _, weights, _ in results[2:] for weight in weights.values())
 

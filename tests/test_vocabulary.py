@@ -14,7 +14,8 @@ from tvmerge.checkpoint import Checkpoint
 from tvmerge.errors import IncompatibleError, RecipeError
 from tvmerge.granularity import Grouping
 from tvmerge.hub import resolve
-from tvmerge.recipe import Recipe, apply_recipe, source_entries
+from tvmerge.rebuild import apply_recipe
+from tvmerge.recipe import Recipe, source_entries
 from tvmerge.sources import MergeSettings, Sources, open_sources
 
 SPECIAL = ("<unk>", "<s>", "</s>")

@@ -30,7 +30,7 @@ from tvmerge.config import (
     MtBenchConfig,
     PlanConfig,
 )
-from tvmerge.errors import InputError, TaskError, TvmergeError
+from tvmerge.errors import ConfigError, InputError, TaskError, TvmergeError
 
 __all__ = ["main"]
 
@@ -59,13 +59,14 @@ def _run_plan(config: PlanConfig) -> None:
 def _run_apply(config: ApplyConfig) -> None:
     gc.disable()  # nothing of what is imported can be collected, and looking takes a while
     from tvmerge.files import local_path
-    from tvmerge.recipe import apply_recipe
+    from tvmerge.rebuild import apply_recipe
 
     gc.enable()
 
     output = local_path(config.output_dir, flag="--output_dir")
     dtype = None if config.dtype == "auto" else config.dtype
-    apply_recipe(local_path(config.recipe, flag="recipe"), output=output, dtype=dtype, cache_dir=config.cache_dir)
+    recipe = local_path(config.recipe, flag="recipe")
+    apply_recipe(recipe, output=output, dtype=dtype, cache_dir=config.cache_dir, save_experts=config.save_experts)
     print(f"{config.output_dir}: the model of {config.recipe}")
 
 
@@ -86,6 +87,8 @@ COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "moe": (MoeConfig, _run_moe),
 }
 
+#: Settings that take several values, of which a later flag replaces those of an earlier one.
+REPLACED = frozenset({"--target_model"})
 #: What to say when a command is interrupted.
 GOES_ON = dict.fromkeys(("tvmerge jglue", "tvmerge mt_bench"), "the same command goes on where it stopped")
 #: Settings that are given without a flag.
@@ -154,13 +157,13 @@ def _in_order(arguments: Sequence[str]) -> list[str]:
     """Rearrange a command line so that jsonargparse reads it as people mean it.
 
     `--config FILE` goes right behind the command, so that flags win over the file whatever their order. The values of
-    a setting that takes several, `--tuned_model a b` or the flag repeated, become one list, a switch that stands alone
-    is on, and flags of other names are known by them.
+    a setting that takes several, `--tuned_model a b` or the flag repeated, become one list (of a target repeated the
+    last counts, as of any other flag), a switch that stands alone is on, and flags of other names are known by them.
     """
     rest: list[str] = []
     files: list[str] = []
     lists: dict[str, list[str]] = {}
-    waiting = deque(arguments)
+    waiting = deque(_joined_targets(arguments))
     while waiting:
         argument = waiting.popleft()
         flag, separator, value = argument.partition("=")
@@ -170,7 +173,7 @@ def _in_order(arguments: Sequence[str]) -> list[str]:
         if flag == "--config":
             files += [argument] if separator else [argument, *([waiting.popleft()] if waiting else [])]
         elif flag.removeprefix("--") in LIST_SETTINGS and flag.startswith("--"):
-            values = lists.setdefault(flag, [])
+            values = lists[flag] = [] if flag in REPLACED else lists.get(flag, [])
             values += [value] if separator else []
             while not separator and waiting and not re.match("-+[a-zA-Z]", waiting[0]):
                 values.append(waiting.popleft())
@@ -180,6 +183,38 @@ def _in_order(arguments: Sequence[str]) -> list[str]:
             rest.append(argument)
     joined = [f"{flag}={json.dumps(values, ensure_ascii=False)}" for flag, values in lists.items()]
     return [*rest[:1], *files, *joined, *rest[1:]]
+
+
+def _joined_targets(arguments: Sequence[str]) -> list[str]:
+    """Write `--target_model_1 a --target_model_2 b` as `--target_model a b`, whatever their order.
+
+    Raises:
+        ConfigError: a number is missing, given twice, or given beside `--target_model`.
+    """
+    rest: list[str] = []
+    numbered: dict[int, str] = {}
+    waiting = deque(arguments)
+    while waiting:
+        argument = waiting.popleft()
+        found = re.fullmatch(r"--target_model_(\d{1,3})(?:=(.*))?", argument, flags=re.DOTALL)
+        if found is None:
+            rest.append(argument)
+            continue
+        number = int(found[1])
+        if number in numbered:
+            raise ConfigError(f"--target_model_{number} is given twice")
+        if found[2] is None and not waiting:
+            raise ConfigError(f"{argument} needs a model: a folder or a Hub id")
+        numbered[number] = waiting.popleft() if found[2] is None else found[2]
+    numbered = {number: name for number, name in numbered.items() if name}  # scripts leave unused ones empty
+    missing = [number for number in range(1, max(numbered, default=0) + 1) if number not in numbered]
+    if missing or 0 in numbered:
+        raise ConfigError(
+            f"--target_model_{max(numbered)} without --target_model_{min(missing, default=1)}: count from 1"
+        )
+    if numbered and any(argument.partition("=")[0] == "--target_model" for argument in rest):
+        raise ConfigError("--target_model and --target_model_1 are two ways to say the same: use one of them")
+    return [*rest, *(["--target_model", *(numbered[n] for n in sorted(numbered))] if numbered else [])]
 
 
 def _is_truth(waiting: Sequence[str]) -> bool:

@@ -23,7 +23,8 @@ class Merge:
         task_vectors: label → task vector, over names and shapes of the target.
         grouping: which tensors share one weight.
         method: a key of METHODS.
-        dtype: of the merged tensors; None for that of each of the target's.
+        dtype: of the merged tensors; None for that of each tensor of `like`.
+        like: a state dict of the target's names and shapes that gives the dtypes; None for the target.
 
     Attributes:
         weights_of: tensor name → label and weight name of each task vector that changes it, in a stable order.
@@ -39,11 +40,14 @@ class Merge:
         grouping: Grouping,
         method: str = "task_arithmetic",
         dtype: Dtype | None = None,
+        like: StateDict | None = None,
     ) -> None:
         self.target = target
         self.task_vectors = dict(task_vectors)
+        self.grouping = grouping
         self.method = method
         self.dtype = dtype
+        self._like = target if like is None else like
         self._mergeable = {name for name in target.names if target.spec(name).dtype in MERGEABLE_DTYPES}
         groups = group_tensors(self._mergeable, grouping)
         weights_of: dict[str, list[tuple[str, str]]] = {}
@@ -74,7 +78,7 @@ class Merge:
 
     def spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a merged tensor."""
-        spec = self.target.spec(name)
+        spec = self._like.spec(name)
         return spec if self.dtype is None or name not in self._mergeable else TensorSpec(spec.shape, self.dtype)
 
 

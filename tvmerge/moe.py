@@ -26,7 +26,7 @@ from tvmerge.state_dict import (
     deliver,
 )
 
-__all__ = ["LAYOUTS", "MAX_EXPERTS", "MIN_EXPERTS", "Average", "Layout", "MixtureOfExperts"]
+__all__ = ["LAYOUTS", "MAX_EXPERTS", "MIN_EXPERTS", "Average", "Layout", "MixtureOfExperts", "is_mlp"]
 
 MIN_EXPERTS, MAX_EXPERTS = 2, 8
 #: Widest inner dimension of a shared expert that adds nothing; a multiple of what kernels and devices split it by.
@@ -119,6 +119,12 @@ class _Values:
         return deliver(self.values.astype(self.dtype), out)
 
 
+def is_mlp(name: str) -> bool:
+    """Whether a dense model's tensor is of an MLP, of which a mixture holds every expert's own."""
+    found = _IN_LAYER.fullmatch(name)
+    return found is not None and _MLP.fullmatch(found["part"]) is not None
+
+
 class MixtureOfExperts(WithTensors):
     """Experts and a router as the lazy state dict of a mixture, spelled as the checkpoints of its class.
 
@@ -206,6 +212,13 @@ class MixtureOfExperts(WithTensors):
     def _dtype_of(self, spec: TensorSpec) -> Dtype:
         return spec.dtype if self._dtype is None or spec.dtype not in MERGEABLE_DTYPES else self._dtype
 
+    def origin(self, name: str) -> tuple[StateDict, str]:
+        """The state dict that a tensor comes from byte for byte, and what it is called there; else this one."""
+        part = self._parts[name]
+        if isinstance(part, _Part) and part.dtype == part.source.spec(part.name).dtype:
+            return part.source, part.name
+        return self, name
+
     @property
     def names(self) -> Sequence[str]:
         """Tensor names as the checkpoints of the mixture's class spell them, sorted."""
@@ -250,10 +263,12 @@ class Average(WithTensors):
 
     Args:
         state_dicts: at least one.
+        dtype: of the mean of floating tensors; None for that of the first.
     """
 
-    def __init__(self, state_dicts: Sequence[StateDict]) -> None:
+    def __init__(self, state_dicts: Sequence[StateDict], *, dtype: Dtype | None = None) -> None:
         self._state_dicts = tuple(state_dicts)
+        self._dtype = dtype
 
     @property
     def names(self) -> Sequence[str]:
@@ -261,8 +276,11 @@ class Average(WithTensors):
         return self._state_dicts[0].names
 
     def spec(self, name: str) -> TensorSpec:
-        """As in the first."""
-        return self._state_dicts[0].spec(name)
+        """As in the first, but for `dtype`."""
+        spec = self._state_dicts[0].spec(name)
+        return (
+            spec if self._dtype is None or spec.dtype not in MERGEABLE_DTYPES else TensorSpec(spec.shape, self._dtype)
+        )
 
     def array(self, name: str, *, out: Array | None = None) -> Array:
         """The mean, rounded to the dtype of `spec`."""

@@ -1,10 +1,9 @@
-"""Recipes: a merge as YAML, and the model folder that it rebuilds, byte for byte."""
+"""Recipes: everything that determines a merged model, as YAML."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +11,76 @@ import yaml
 
 from tvmerge import __version__
 from tvmerge.checkpoint import Checkpoint, Header
-from tvmerge.errors import ConfigError, RecipeError, RunError
-from tvmerge.files import check_new, local_path, staged_directory, write_text
+from tvmerge.errors import ConfigError, RecipeError
+from tvmerge.files import local_path, write_text
 from tvmerge.granularity import Grouping
 from tvmerge.lora import Adapter
-from tvmerge.merge import MergedStateDict
 from tvmerge.methods import METHODS
+from tvmerge.mixture import BASES, MixtureSettings
+from tvmerge.moe import MAX_EXPERTS, MIN_EXPERTS
+from tvmerge.router import GATE_MODES
 from tvmerge.sources import (
     MergeSettings,
     Sources,
     TunedModel,
-    check_entry,
-    check_finite,
     check_whole,
+    make_sources,
     open_checkpoint,
 )
 from tvmerge.state_dict import DTYPES
 from tvmerge.vocabulary import VOCABULARIES, vocabulary_digest
-from tvmerge.writer import NotFiniteError, copy_model_files, write_config, write_weights
 
-__all__ = ["RECIPE_FILE", "Recipe", "apply_recipe", "library_versions", "source_entries", "write_model"]
+__all__ = ["RECIPE_FILE", "MixtureRecipe", "Recipe", "source_entries"]
 
 RECIPE_FILE = "recipe.yaml"
 #: Weights are float32 numbers.
 LARGEST_WEIGHT = 3e38
+BOTH = (True, False)
 
 #: {model: folder or Hub id, revision: commit or null, fingerprint, tokens: of models aligned by token}
 Source = Mapping[str, str | None]
+
+
+@dataclass(frozen=True)
+class MixtureRecipe:
+    """What makes the merges of a recipe the experts of one model. The router's values lie beside the recipe."""
+
+    further_targets: Sequence[Source]  # of all experts but the first, whose target is the recipe's
+    gate_mode: str  # a key of GATE_MODES
+    gate_seed: int
+    router: str  # router_digest of its values, without temperatures
+    base: str = "first"
+    experts_per_token: int = 2
+    share_weights: bool = False
+    search_gate: bool = False
+
+    def settings(self) -> MixtureSettings:
+        """How the merges become one model."""
+        return MixtureSettings(**{f.name: getattr(self, f.name) for f in fields(MixtureSettings)})
+
+    def check(self, path: Path) -> None:
+        """Refuse values that cannot be; the sources are looked at with the recipe's others.
+
+        Raises:
+            RecipeError: with the key.
+        """
+        if (
+            not isinstance(self.further_targets, list)
+            or not MIN_EXPERTS <= 1 + len(self.further_targets) <= MAX_EXPERTS
+        ):
+            raise RecipeError(
+                f"{path}: further_targets must list the {MIN_EXPERTS - 1} to {MAX_EXPERTS - 1} other experts"
+            )
+        for key, known in (("gate_mode", GATE_MODES), ("base", BASES), ("share_weights", BOTH), ("search_gate", BOTH)):
+            value = getattr(self, key)
+            if not isinstance(value, (str, bool)) or value not in known:
+                raise RecipeError(f"{path}: unknown {key} {value!r}, known are {', '.join(map(str, known))}")
+        for key in ("experts_per_token", "gate_seed"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+                raise RecipeError(f"{path}: {key} must be a whole number, got {str(value)[:40]}")
+        if not isinstance(self.router, str):
+            raise RecipeError(f"{path}: router must be text: the digest of its values")
 
 
 @dataclass(frozen=True)
@@ -55,6 +97,7 @@ class Recipe:
     dtype: str | None = None
     vocabulary: str = "same"
     omit: Sequence[str] = ()  # tensors of the sources that the merged model does not hold
+    mixture: MixtureRecipe | None = None  # None: one dense model
     score: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -81,11 +124,15 @@ class Recipe:
         for problem, keys in (("unknown", content.keys() - known), ("missing", needed - content.keys())):
             if keys:
                 raise RecipeError(f"{path}: {problem} keys: {', '.join(sorted(map(str, keys)))}")
+        if content.get("mixture") is not None:
+            content["mixture"] = _mixture(content["mixture"], path)
         recipe = cls(**content)
         recipe._check(path)
         return recipe
 
     def _check(self, path: Path) -> None:
+        if self.mixture is not None:
+            self.mixture.check(path)
         self._check_sources(path)
         if not isinstance(self.granularity, str) or not isinstance(self.weight_groups, dict):
             raise RecipeError(f"{path}: granularity must be text, and weight_groups map names to regular expressions")
@@ -101,7 +148,7 @@ class Recipe:
         for key, value, known in (
             ("method", self.method, METHODS),
             ("dtype", self.dtype, (None, *DTYPES)),
-            ("vocabulary", self.vocabulary, VOCABULARIES),
+            ("vocabulary", self.vocabulary, VOCABULARIES[: 2 if self.mixture is None else 3]),
         ):
             if not isinstance(value, (str, type(None))) or value not in known:
                 raise RecipeError(f"{path}: unknown {key} {value!r}, known are {', '.join(filter(None, known))}")
@@ -137,7 +184,9 @@ class Recipe:
     def _by_role(self) -> list[tuple[str, Any]]:
         """What a source is called, and the source; an adapter may have no base."""
         roles = [(role, entry[role]) for entry in self.task_vectors for role in ("tuned", "base")]
-        return [("target", self.target), *((role, source) for role, source in roles if role == "tuned" or source)]
+        further = [] if self.mixture is None else self.mixture.further_targets
+        targets = [("target", target) for target in (self.target, *further)]
+        return [*targets, *((role, source) for role, source in roles if role == "tuned" or source)]
 
     def settings(self) -> MergeSettings:
         """How the sources are put together.
@@ -153,6 +202,8 @@ class Recipe:
     def save(self, path: Path) -> None:
         """Write the recipe as YAML."""
         content = {"tvmerge": __version__, **asdict(self), "omit": list(self.omit), "freeze": list(self.freeze)}
+        if self.mixture is None:
+            del content["mixture"]
         write_text(path, yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120))
 
     def open_sources(self, *, cache_dir: str | None = None) -> Sources:
@@ -175,29 +226,24 @@ class Recipe:
             )
             for entry in self.task_vectors
         ]
-        target = opened[str(self.target)]
-        check_whole(target, role="target")
+        targets = [opened[str(source)] for role, source in self._by_role() if role == "target"]
+        for target in targets:
+            check_whole(target, role="target")
         for entry in entries:
             if entry.base is None and not isinstance(entry.tuned, Adapter):
                 raise RecipeError(f"the recipe names no base for {entry}, which is no adapter")
-            check_entry(target, entry, self.vocabulary)
-        return Sources(target=target, tuned=entries)
+        return make_sources(targets, entries, self.vocabulary)
 
-    def rebuild(self, sources: Sources) -> MergedStateDict:
-        """The merged model that the recipe describes.
 
-        Raises:
-            RecipeError: the weights are not those of the sources' tensors.
-            IncompatibleError: the sources do not fit together.
-        """
-        merge = sources.merge(self.settings())
-        different = sorted(set(merge.weight_names) ^ set(self.weights))
-        if different:
-            raise RecipeError(
-                f"the recipe's weights do not match the tensors of its sources: {len(different)} names differ, "
-                f"the first is {different[0]}"
-            )
-        return merge.at(self.weights)
+def _mixture(content: Any, path: Path) -> MixtureRecipe:
+    known = {f.name for f in fields(MixtureRecipe)}
+    needed = {f.name for f in fields(MixtureRecipe)[:4]}
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: mixture must map keys to values: {', '.join(sorted(known))}")
+    for problem, keys in (("unknown", content.keys() - known), ("missing", needed - content.keys())):
+        if keys:
+            raise RecipeError(f"{path}: {problem} keys of mixture: {', '.join(sorted(map(str, keys)))}")
+    return MixtureRecipe(**content)
 
 
 def _open(role: str, source: Source, *, cache_dir: str | None) -> Checkpoint:
@@ -216,7 +262,7 @@ def _open(role: str, source: Source, *, cache_dir: str | None) -> Checkpoint:
 
 
 def source_entries(sources: Sources, *, vocabulary: str) -> dict[str, Any]:
-    """All models as a recipe holds them: its fields `target` and `task_vectors`.
+    """All models as a recipe holds them: its fields `target` and `task_vectors`, and `further_targets` of its mixture.
 
     Args:
         sources: the opened models.
@@ -233,66 +279,6 @@ def source_entries(sources: Sources, *, vocabulary: str) -> dict[str, Any]:
         {"label": each.label, "tuned": entry(each.tuned), "base": None if each.base is None else entry(each.base)}
         for each in sources.tuned
     ]
-    return {"target": entry(sources.target), "task_vectors": entries}
-
-
-def library_versions() -> dict[str, str]:
-    """The versions that a rebuilt model and its score depend on."""
-    return {
-        name: version(name)
-        for name in (
-            *("numpy", "numba", "ml_dtypes", "safetensors", "torch", "transformers", "lm-eval", "optuna", "cmaes"),
-        )
-    }
-
-
-def write_model(recipe: Recipe, sources: Sources, folder: Path) -> None:
-    """Write the model of a recipe: weights, configuration, tokenizer and the recipe itself.
-
-    Args:
-        recipe: what to build.
-        sources: its opened models.
-        folder: an existing folder, usually staged; the caller makes it appear.
-
-    Raises:
-        CheckpointError: a source holds NaN or infinity, or was changed meanwhile.
-        RunError: the merged values are too large for the dtype, or the disk is full.
-    """
-    sources.check_unchanged()
-    try:
-        write_weights(recipe.rebuild(sources), folder)
-        sources.check_unchanged()
-        copy_model_files(sources.target.model.path, folder)
-        if recipe.dtype is not None:
-            write_config(folder, dtype=recipe.dtype)
-        recipe.save(folder / RECIPE_FILE)
-    except NotFiniteError as error:
-        check_finite(sources, omit=recipe.omit)
-        raise RunError(
-            f"{error}: merged values are too large for its dtype: use smaller weights, or --dtype bfloat16 or float32"
-        ) from error
-    except OSError as error:
-        raise RunError(f"{folder.parent}: cannot be written, nothing was kept: {error.strerror or error}") from error
-
-
-def apply_recipe(path: Path, *, output: Path, dtype: str | None = None, cache_dir: str | None = None) -> None:
-    """Rebuild the model of a recipe in a new folder, byte for byte.
-
-    Args:
-        path: a recipe.yaml.
-        output: a folder that does not exist or is empty.
-        dtype: a key of DTYPES, for a model of another dtype than the recipe's; None for the recipe's.
-        cache_dir: the Hub cache; None means the default one.
-
-    Raises:
-        InputError: the recipe, its sources or the output folder cannot work; nothing was written.
-    """
-    output = output.resolve()
-    check_new(output)
-    recipe = Recipe.load(path)
-    if dtype is not None:
-        recipe = replace(recipe, dtype=dtype, score={})  # which was that of another model
-    sources = recipe.open_sources(cache_dir=cache_dir)
-    recipe.rebuild(sources)  # checks names and shapes before anything is written
-    with staged_directory(output) as staging:
-        write_model(recipe, sources, staging)
+    targets = [entry(target) for target in sources.targets]
+    further = {"further_targets": targets[1:]} if len(targets) > 1 else {}
+    return {"target": targets[0], "task_vectors": entries, **further}

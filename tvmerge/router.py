@@ -6,9 +6,10 @@ expert e the score h · row e; the best `experts_per_token` are used, weighted b
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["GATE_MODES", "PROMPTED", "ExpertPrompts", "GateInputs", "make_gates"]
+__all__ = ["GATE_MODES", "PROMPTED", "ExpertPrompts", "GateInputs", "drawn_gates", "make_gates", "router_digest"]
 
 #: Lengths below this count as this in a division, as in mergekit.
 TINY = 1e-8
@@ -72,6 +73,30 @@ def make_gates(mode: str, inputs: GateInputs) -> Array:
     gates = GATE_MODES[mode](inputs)
     assert gates.shape == inputs.shape, "each mode gives each expert of each layer a row"
     return gates.astype(np.float32)
+
+
+def drawn_gates(mode: str, shape: tuple[int, int, int], *, seed: int) -> Array:
+    """A router that needs no model: of a mode that is not PROMPTED.
+
+    Args:
+        mode: its name.
+        shape: `(layers, experts, hidden)`.
+        seed: of the random modes.
+    """
+
+    def none() -> Any:
+        raise AssertionError(f"gate_mode {mode} needs no model")
+
+    layers, experts, hidden = shape
+    prompts = [ExpertPrompts()] * experts
+    inputs = GateInputs(layers, hidden, prompts, seed, tokenizer=none, embeddings=none, model=none)
+    return make_gates(mode, inputs)
+
+
+def router_digest(router: Array) -> str:
+    """Which router it is: a digest of shape and values."""
+    content = f"{router.shape}".encode() + router.astype("<f4").tobytes()
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _check_prompts(mode: str, prompts: Sequence[ExpertPrompts]) -> None:

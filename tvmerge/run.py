@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from tvmerge.checkpoint import Checkpoint, Header
+from tvmerge.checkpoint import Checkpoint
 from tvmerge.config import JglueConfig, MtBenchConfig, SearchConfig
 from tvmerge.errors import CheckpointError, RecipeError, RunError, TvmergeError
 from tvmerge.evaluators import (
@@ -28,19 +28,19 @@ from tvmerge.evaluators import (
 from tvmerge.files import check_output, local_path, remove_staged, staged_directory, write_text
 from tvmerge.hub import ModelId
 from tvmerge.judging import open_judged, trial_name
-from tvmerge.merge import Merge
 from tvmerge.models.device import choose_device
-from tvmerge.models.transformers import TransformersModel, load_tokenizer, unread_by_all
+from tvmerge.models.transformers import TransformersModel
 from tvmerge.progress import RunProgress
 from tvmerge.questions import ask_questions, open_tasks
-from tvmerge.recipe import RECIPE_FILE, Recipe, library_versions, source_entries, write_model
+from tvmerge.rebuild import library_versions
+from tvmerge.recipe import RECIPE_FILE, Recipe
 from tvmerge.report import Candidate, model_card, score_table, verdict
 from tvmerge.search import uniform_weights
-from tvmerge.sources import MergeSettings, Sources, check_finite, open_sources
+from tvmerge.spaces import Column, Proven, Space
+from tvmerge.spaces.dense import DenseSpace
+from tvmerge.spaces.mixture import MixtureSpace
 from tvmerge.state_dict import StateDict
 from tvmerge.study import STORAGE_ERRORS, MergeStudy, TrialResult
-from tvmerge.vocabulary import vocabulary_digest
-from tvmerge.writer import model_files
 
 __all__ = ["jglue", "mt_bench"]
 
@@ -83,34 +83,32 @@ def _checked_output(config: SearchConfig) -> Path:
 def _search(
     config: SearchConfig, output: Path, device: str, ask: Callable[[PreTrainedTokenizerBase], Questions]
 ) -> None:
-    sources = open_sources(**config.models)
-    omit = unread_by_all(sources.whole_models())
-    settings = replace(config.merge_settings, omit=omit)
-    merge = sources.merge(settings, keep=config.delta_storage == "memory")
-    questions = ask(load_tokenizer(sources.target.model.path))
+    space = MixtureSpace(config, output) if config.is_mixture else DenseSpace(config)
+    questions = ask(space.tokenizer())
     if not (output / "study.db").exists():
-        nbytes = sum(model.spec(name).nbytes for model in sources.models() for name in model.names)
+        nbytes = sum(model.spec(name).nbytes for model in space.sources.models() for name in model.names)
         if nbytes > LONG_TO_READ:
             print(f"looking for NaN and infinity in {nbytes / 1e9:.0f} GB of weights", file=sys.stderr)
-        check_finite(sources, omit)
+        space.check_finite()
 
     def study_of() -> MergeStudy:
         output.mkdir(parents=True, exist_ok=True)
-        return open_study(config, output, sources=sources, merge=merge, questions=questions, device=device)
+        return open_study(config, output, space=space, questions=questions, device=device)
 
     # A study that is there may refuse, which is said before a model is loaded. One that is not is made last.
     study = study_of() if (output / "study.db").exists() else None
     try:
-        folder = sources.target.model.path
-        model = TransformersModel.from_folder(folder, checkpoint=merge.target, device=device, dtype=config.dtype)
+        model = space.open_model(device=device, recall=_nothing if study is None else study.recall)
         # Found once: another batch size would give other rounding errors.
         tokens = None if study is None else study.recall("batch_tokens")
         asked = questions.open_model(model, tokens=tokens)
         study = study or study_of()
+        if not study.n_finished:
+            space.remember(study.remember)
         remove_staged(output, "best")
         resolved = {**asdict(config), "n_trials": max(config.n_trials, study.n_finished)}
         write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
-        SearchRun(config, output, sources, settings, merge, study, model, asked, questions).run()
+        SearchRun(config, output, space, study, model, asked, questions).run()
     except STORAGE_ERRORS as error:
         reason = " ".join(str(error).split())[:200]
         raise RunError(f"{output / 'study.db'}: cannot be written ({reason}): the same command goes on") from error
@@ -119,50 +117,33 @@ def _search(
             study.close()
 
 
-def open_study(
-    config: SearchConfig, output: Path, *, sources: Sources, merge: Merge, questions: Questions, device: str
-) -> MergeStudy:
+def _nothing(key: str) -> None:
+    """What a new study recalls."""
+
+
+def open_study(config: SearchConfig, output: Path, *, space: Space, questions: Questions, device: str) -> MergeStudy:
     """Create or resume the study of a configuration, known by what it asks of which weights, not by their paths."""
     asked = [evaluator.fingerprint for evaluator in (questions.search, questions.heldout) if evaluator is not None]
-    tokens = [vocabulary_digest(model) for model in sources.models()]
-    several = len(sources.tuned) > 1  # then labels are in the weights' names
     identity = {
         **config.identity(),
-        "target_model": _weights(sources.target),
-        "tuned_model": [
-            f"{entry.label}: {_weights(entry.tuned)}" if several else _weights(entry.tuned) for entry in sources.tuned
-        ],
-        "base_model": [None if entry.base is None else _weights(entry.base) for entry in sources.tuned],
+        **space.identity(),
         "questions": asked,
         "scoring": dict(questions.scoring),
-        **({"tokens": tokens} if config.vocabulary == "intersect" else {}),
         "device": device.partition(":")[0],
     }
     return MergeStudy(
         output_dir=output,
         identity=identity,
-        weight_names=merge.weight_names,
-        weight_range=(config.weight_min, config.weight_max),
+        ranges=space.ranges,
         sampler=config.optuna_sampler,
         seed=config.optuna_seed,
-        uniform=uniform_weights(weight_min=config.weight_min, weight_max=config.weight_max),
+        first=[space.uniform(weight) for weight in _uniform_weights(config)],
         goals=questions.goals,
     )
 
 
-def _weights(model: Header) -> str:
-    assert isinstance(model, Checkpoint), "a run is of models whose weights are here"
-    return f"weights {model.fingerprint}"
-
-
-@dataclass(frozen=True)
-class Column:
-    """A model of the table."""
-
-    label: str  # the column's head
-    model: str  # as scores.jsonl calls it
-    trial: int | None  # None: no trial's merge
-    state_dict: StateDict
+def _uniform_weights(config: SearchConfig) -> list[float]:
+    return uniform_weights(weight_min=config.weight_min, weight_max=config.weight_max)
 
 
 @dataclass(frozen=True)
@@ -171,9 +152,7 @@ class SearchRun:
 
     config: SearchConfig
     output: Path
-    sources: Sources
-    settings: MergeSettings
-    merge: Merge
+    space: Space
     study: MergeStudy
     model: TransformersModel
     asked: ScoredModel  # the model, as evaluators ask it
@@ -187,7 +166,7 @@ class SearchRun:
         self.questions.resume([result.number for result in self.study.results()])
         heldout = self.questions.heldout.n_questions if self.questions.heldout else 0
         progress.note(
-            f"{len(self.merge.weight_names)} weights, {self.questions.search.n_questions} questions per trial, "
+            f"{len(self.space.ranges)} weights, {self.questions.search.n_questions} questions per trial, "
             f"{heldout} held out; {self.study.n_finished} of {self.config.n_trials} trials done"
         )
         # Nothing that was made so far can be collected, and to look through it all takes as long as a small trial.
@@ -205,16 +184,16 @@ class SearchRun:
     ) -> Scored:
         advance, close = progress.count_questions(evaluator.n_scores, what)
         try:
-            self.sources.check_unchanged()
+            self.space.sources.check_unchanged()
             self.model.load(state_dict)
-            self.sources.check_unchanged()
+            self.space.sources.check_unchanged()
             return evaluator.score(self.asked, advance, name=name)
         finally:
             close()
 
     def _search(self, progress: RunProgress) -> None:
         def evaluate(weights: Mapping[str, float], number: int) -> Scored:
-            merged, name = self.merge.at(weights), trial_name(number)
+            merged, name = self.space.at(weights), trial_name(number)
             scored = self._score(merged, self.questions.search, progress, name=name, what="questions")
             said.update(scored.facts)
             return scored
@@ -232,14 +211,14 @@ class SearchRun:
             )
             if result is None:
                 progress.note(f"  {self.study.last_failure()}")
-            if self.study.n_finished == min(self.study.n_uniform, self.config.n_trials):
+            if self.study.n_finished == min(self.study.n_first, self.config.n_trials):
                 self._warn_of_idle_tasks(progress)
 
     def _warn_of_idle_tasks(self, progress: RunProgress) -> None:
         """Say which tasks gave every model so far the same scores: they cannot guide the search."""
         seen: dict[str, dict[int, list[tuple[Any, ...]]]] = {}
         for line in self.study.scores.lines():
-            if line["split"] == "search" and line["trial"] is not None:
+            if line["split"] == "search" and line["model"] == "merge":
                 of_task = seen.setdefault(line["task"], {})
                 place = line["question"], line.get("turn"), line.get("choice")
                 of_task.setdefault(line["trial"], []).append((*place, line["score"]))
@@ -256,49 +235,42 @@ class SearchRun:
         return "search" if self.questions.heldout is None else "heldout"
 
     def _prove(self, progress: RunProgress) -> list[Candidate]:
-        """Score target, tuned, uniform and best on the held-out questions; what was scored before is not again."""
-        evaluator = self.questions.heldout or self.questions.search
-        candidates = []
-        for column in self._columns():
-            scores = self.study.scores.find(model=column.model, trial=column.trial, split=self._split)
-            if len(scores) != evaluator.n_scores:
-                name = column.model.replace("/", "-") if column.trial is None else trial_name(column.trial)
-                name += "" if self.questions.heldout is None else "-heldout"
-                what = f"{self._split} {column.label}"
-                try:
-                    measured = self._score(column.state_dict, evaluator, progress, name=name, what=what).scores
-                except (TvmergeError, OSError):
-                    raise
-                except Exception as error:
-                    reason = " ".join(f"{type(error).__name__}: {error}".split())
-                    raise RunError(f"{what}: {reason}; the same command goes on") from error
-                self.study.scores.replace(measured, model=column.model, trial=column.trial, split=self._split)
-                scores = list(measured)
-            candidates.append(Candidate(label=column.label, scores=scores))
-        return candidates
+        """Score all models of the table on the held-out questions; what was scored before is not again."""
+        columns = self._columns(progress)
+        return [Candidate(label=each.label, scores=self._scores(each, self._split, progress)) for each in columns]
 
-    def _columns(self) -> list[Column]:
+    def _scores(self, column: Column, split: str, progress: RunProgress) -> list[QuestionScore]:
+        """The scores of a model on a split of the questions, from the log if they are there."""
+        evaluator = self.questions.search if split == "search" else self.questions.heldout
+        assert evaluator is not None, "nobody asks for what is not held out"
+        scores = self.study.scores.find(model=column.model, trial=column.trial, split=split)
+        if len(scores) == evaluator.n_scores:
+            return scores
+        what = f"{split} {column.label}"
+        name = _name(column) + ("" if self.questions.heldout is None or split == "search" else "-heldout")
+        try:
+            measured = self._score(column.state_dict, evaluator, progress, name=name, what=what).scores
+        except (TvmergeError, OSError):
+            raise
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RunError(f"{what}: {reason}; the same command goes on") from error
+        self.study.scores.replace(measured, model=column.model, trial=column.trial, split=split)
+        return list(measured)
+
+    def _columns(self, progress: RunProgress) -> list[Column]:
         """The models of the table, in order."""
         results = {result.number: result for result in self.study.results()}
-        uniform = [results[n] for n in range(self.study.n_uniform) if n in results]
+        uniform = [results[n] for n in range(self.study.n_first) if n in results]
         best_uniform = max(uniform, key=lambda result: (result.score, -result.number))
-        weight = next(iter(best_uniform.weights.values()))
-        tuned = [(entry, self.sources.tuned_state_dict(entry, self.settings)) for entry in self.sources.tuned]
-        several = len(tuned) > 1
-        return [
-            self._merged("target", results[0]),
-            *(
-                Column(entry.label if several else "tuned", f"tuned/{entry.label}" if several else "tuned", None, model)
-                for entry, model in tuned
-                if model is not None
-            ),
-            self._merged("uniform 1", results[1]),
-            self._merged(f"best uniform ({weight:g})", best_uniform),
-            self._merged("best", self.study.best()),
-        ]
-
-    def _merged(self, label: str, result: TrialResult) -> Column:
-        return Column(label, "merge", result.number, self.merge.at(result.weights))
+        best = self.study.best()
+        # The best part is chosen by what the search has seen, as the best whole was.
+        singles = self.space.singles(best, best_uniform)
+        searched = [mean_score(self._scores(each, "search", progress), self.questions.goals) for each in singles]
+        known = [n for n, score in enumerate(searched) if score is not None]
+        single = singles[max(known, key=lambda n: (searched[n], -n))] if known else None
+        weight = _uniform_weights(self.config)[best_uniform.number]
+        return self.space.columns(Proven(results[0], results[1], best_uniform, weight, best), single)
 
     def _save(self, candidates: Sequence[Candidate]) -> None:
         best = self.study.best()
@@ -306,19 +278,18 @@ class SearchRun:
         table = score_table(candidates, goals, self.questions.categories)
         words = verdict(candidates[-1], candidates[:-1], heldout=self.questions.heldout is not None, goals=goals)
         if best.number == 0:
-            nothing = "Nothing that was tried scored higher than the target: the best merge is the target itself."
-            words = f"{nothing}\n\n{words}"
+            words = f"{self.space.nothing_gained()}\n\n{words}"
         words = f"{self.questions.explanation}\n\n{words}".strip()
         recipe = self._recipe(best, candidates[-1].scores)
         output = self.output / "best"
-        needed = ["README.md", *(path.name for path in model_files(self.sources.target.model.path))]
-        if not _is_written(recipe, output, needed):
+        if not _is_written(recipe, output, ["README.md", *self.space.files()]):
             with staged_directory(output, replace=True) as staging:
-                write_model(recipe, self.sources, staging)
+                self.space.write(recipe, staging)
                 card = model_card(recipe, table=table, verdict_text=words, weights=best.weights)
                 write_text(staging / "README.md", card)
         print(f"\n{table}\n\n{words}\n")
-        print(f"The best merge is trial {best.number} of {self.study.n_finished}; it is saved in {output}")
+        noun = self.space.noun
+        print(f"The best {noun} is trial {best.number} of {self.study.n_finished}; it is saved in {output}")
 
     def _metrics(self, scores: Sequence[QuestionScore]) -> dict[str, float | None]:
         goals = self.questions.goals
@@ -326,16 +297,8 @@ class SearchRun:
         return {task: None if mean is None else goals.get(task, TaskGoal()).shown(mean) for task, mean in means.items()}
 
     def _recipe(self, best: TrialResult, scores: Sequence[QuestionScore]) -> Recipe:
-        return Recipe(
-            **source_entries(self.sources, vocabulary=self.settings.vocabulary),
-            granularity=self.settings.grouping.granularity,
-            weights=dict(best.weights),
-            weight_groups=dict(self.settings.grouping.weight_groups),
-            freeze=list(self.settings.grouping.freeze),
-            method=self.settings.method,
-            dtype=self.settings.dtype,
-            vocabulary=self.settings.vocabulary,
-            omit=list(self.settings.omit),
+        return self.space.recipe(
+            best,
             score={
                 "trial": best.number,
                 "search": best.score,
@@ -344,6 +307,14 @@ class SearchRun:
             },
             versions=library_versions(),
         )
+
+
+def _name(column: Column) -> str:
+    """What a model's answers are called in FastChat's files."""
+    name = column.model.replace("/", "-")
+    if column.trial is None:
+        return name
+    return trial_name(column.trial) if column.model == "merge" else f"{name}-{trial_name(column.trial)}"
 
 
 def _remarks(facts: Mapping[str, Any], cost: str) -> list[str]:

@@ -7,6 +7,7 @@ killed and resumed asks for the same weights as one that was not.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -74,11 +75,18 @@ class SeededSampler(BaseSampler):
         # The sampler has too few trials to start from and leaves the draw to us: uniform, in one go, so that a trial
         # that was killed between two parameters is completed with the values that it would have had.
         generator = np.random.default_rng(int(uniform_seed))
-        ranges = self._search_space.items()
-        return {name: float(generator.uniform(weight.low, weight.high)) for name, weight in ranges}
+        return {name: _uniform(generator, weight) for name, weight in self._search_space.items()}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """Never needed: `sample_relative` draws all weights."""
         raise AssertionError(f"{param_name} was not drawn together with the other weights")
+
+
+def _uniform(generator: np.random.Generator, weight: FloatDistribution) -> float:
+    """A number anywhere in a range, on its scale."""
+    if not weight.log:
+        return float(generator.uniform(weight.low, weight.high))
+    drawn = math.exp(generator.uniform(math.log(weight.low), math.log(weight.high)))
+    return min(max(drawn, weight.low), weight.high)  # which the rounding could leave

@@ -24,6 +24,7 @@ __all__ = [
     "check_entry",
     "check_finite",
     "check_whole",
+    "make_sources",
     "open_checkpoint",
     "open_sources",
 ]
@@ -55,14 +56,19 @@ class TunedModel:
 
 @dataclass(frozen=True)
 class Sources:
-    """The opened models of a merge."""
+    """The opened models of a merge, or of the merges that are the experts of a mixture."""
 
-    target: Header
+    targets: Sequence[Header]  # one, or one for each expert
     tuned: Sequence[TunedModel]
+
+    @property
+    def target(self) -> Header:
+        """The only one, or that of the first expert."""
+        return self.targets[0]
 
     def models(self) -> list[Header]:
         """All of them, each once."""
-        found: dict[int, Header] = {id(self.target): self.target}
+        found: dict[int, Header] = {id(target): target for target in self.targets}
         for entry in self.tuned:
             found |= {id(model): model for model in (entry.tuned, entry.base) if model is not None}
         return list(found.values())
@@ -72,7 +78,11 @@ class Sources:
         return [model for model in self.models() if not isinstance(model, Adapter)]
 
     def merge(self, settings: MergeSettings, *, keep: bool = False) -> Merge:
-        """Put them together.
+        """That of the first target; see `merges`."""
+        return self.merges(settings, keep=keep)[0]
+
+    def merges(self, settings: MergeSettings, *, keep: bool = False) -> list[Merge]:
+        """Put them together: a merge for each target, all with the same task vectors and in the dtypes of the first.
 
         Args:
             settings: how.
@@ -85,16 +95,24 @@ class Sources:
         for entry in self.tuned:
             vector = self.task_vector(entry, settings)
             vectors[entry.label] = KeptTaskVector(vector) if keep and isinstance(vector, Difference) else vector
-        merge = Merge(
-            target=Without(self.target, settings.omit),
-            task_vectors=vectors,
-            grouping=settings.grouping,
-            method=settings.method,
-            dtype=None if settings.dtype is None else DTYPES[settings.dtype],
-        )
-        if not merge.weight_names:
+        targets = [Without(target, settings.omit) for target in self.targets]
+        for model, target in zip(self.targets[1:], targets[1:], strict=True):
+            names = (f"the target model {self.target.model.name}", f"the target model {model.model.name}")
+            check_same_tensors(targets[0], target, reference_name=names[0], other_name=names[1])
+        merges = [
+            Merge(
+                target=target,
+                task_vectors=vectors,
+                grouping=settings.grouping,
+                method=settings.method,
+                dtype=None if settings.dtype is None else DTYPES[settings.dtype],
+                like=targets[0],
+            )
+            for target in targets
+        ]
+        if not merges[0].weight_names:
             raise IncompatibleError("no tensor is left to merge: all are frozen")
-        return merge
+        return merges
 
     def task_vector(self, entry: TunedModel, settings: MergeSettings) -> TaskVector:
         """The task vector of a tuned model, over the target's names and shapes."""
@@ -152,7 +170,7 @@ class Sources:
 
 def open_sources(
     *,
-    target: str,
+    target: str | Sequence[str],
     tuned: Sequence[str],
     base: str | None,
     vocabulary: str,
@@ -162,7 +180,7 @@ def open_sources(
     """Find and open the models of a merge and check what does not depend on how they are merged.
 
     Args:
-        target: folder or Hub id.
+        target: folder or Hub id; several for a mixture of experts.
         tuned: `name` or `name:base`, each a folder or Hub id; a model or an adapter.
         base: of those that name none.
         vocabulary: one of VOCABULARIES.
@@ -181,10 +199,11 @@ def open_sources(
             opened[name] = (open_model or (lambda n: open_checkpoint(n, cache_dir=cache_dir)))(name)
         return opened[name]
 
+    targets = [once(name) for name in ([target] if isinstance(target, str) else target)]
+    for model in targets:
+        check_whole(model, role="target")
     entries: list[TunedModel] = []
     labels = unique_labels([split_name(name)[0] for name in tuned])
-    sources = Sources(target=once(target), tuned=entries)
-    check_whole(sources.target, role="target")
     for name, label in zip(tuned, labels, strict=True):
         own, own_base = split_name(name)
         model, base_name = once(own), own_base or base
@@ -193,8 +212,23 @@ def open_sources(
                 f"--tuned_model {own}: needs the model it was tuned from, as --base_model or as {own}:base"
             )
         entries.append(TunedModel(label, model, None if base_name is None else once(base_name)))
-        check_entry(sources.target, entries[-1], vocabulary)
-    return sources
+    return make_sources(targets, entries, vocabulary)
+
+
+def make_sources(targets: Sequence[Header], tuned: Sequence[TunedModel], vocabulary: str) -> Sources:
+    """Check opened models against each other, as far as it does not depend on how they are merged.
+
+    Raises:
+        IncompatibleError: models that cannot be merged whatever the settings.
+    """
+    for entry in tuned:
+        check_entry(targets[0], entry, vocabulary)
+    for other in targets[1:]:
+        if vocabulary != "union":
+            names = (f"the target model {targets[0].model.name}", f"the target model {other.model.name}")
+            hint = "use experts of one tokenizer, or --vocabulary union for the tokens of all"
+            check_same_vocabulary(targets[0], other, reference_name=names[0], other_name=names[1], hint=hint)
+    return Sources(targets=targets, tuned=tuned)
 
 
 def check_entry(target: Header, entry: TunedModel, vocabulary: str) -> None:

@@ -139,11 +139,10 @@ class MergeStudy:
     Args:
         output_dir: an existing folder.
         identity: what makes it the same study: every setting that a score depends on, as plain JSON values.
-        weight_names: names of the weights, in a stable order.
-        weight_range: least and greatest weight.
+        ranges: name of each number that is searched, in a stable order → where it is searched.
         sampler: a key of SAMPLERS.
         seed: of the sampler.
-        uniform: uniform weights of the first trials.
+        first: the points of the first trials, perhaps outside of the ranges.
         goals: how the scores of tasks make the score of a trial.
 
     Raises:
@@ -155,21 +154,17 @@ class MergeStudy:
         *,
         output_dir: Path,
         identity: Mapping[str, Any],
-        weight_names: Sequence[str],
-        weight_range: tuple[float, float],
+        ranges: Mapping[str, FloatDistribution],
         sampler: str,
         seed: int,
-        uniform: Sequence[float],
+        first: Sequence[Mapping[str, float]],
         goals: Goals | None = None,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._lock = _lock(output_dir)
-        self._weight_names = list(weight_names)
-        self._range = weight_range
-        self._uniform = list(uniform)
+        self._ranges = dict(ranges)
+        self._first = list(first)
         self._goals = goals or {}
-        ranges = {name: FloatDistribution(*weight_range) for name in weight_names}
-        first = [dict.fromkeys(weight_names, weight) for weight in uniform]
         self.scores = ScoreLog(output_dir / "scores.jsonl")
         self._storage: RDBStorage | None = None
         try:
@@ -232,9 +227,9 @@ class MergeStudy:
         return len(self._trials(TrialState.COMPLETE, TrialState.FAIL))
 
     @property
-    def n_uniform(self) -> int:
-        """How many of the first trials have one weight for all."""
-        return len(self._uniform)
+    def n_first(self) -> int:
+        """How many trials are of given points."""
+        return len(self._first)
 
     def remember(self, key: str, value: Any) -> None:
         """Keep a plain JSON value with the study."""
@@ -304,13 +299,12 @@ class MergeStudy:
         return TrialResult(number=trial.number, weights=weights, score=score)
 
     def _weights(self, trial: Trial) -> dict[str, float]:
-        low, high = self._range
-        if trial.number < len(self._uniform) and not low <= self._uniform[trial.number] <= high:
-            # A baseline outside of the range cannot be an Optuna parameter of it.
-            weights = dict.fromkeys(self._weight_names, self._uniform[trial.number])
-            trial.set_user_attr("weights", weights)
-            return weights
-        return {name: trial.suggest_float(name, low, high) for name in self._weight_names}
+        point = self._first[trial.number] if trial.number < len(self._first) else None
+        if point is not None and not all(r.low <= point[name] <= r.high for name, r in self._ranges.items()):
+            # A baseline outside of the ranges cannot be Optuna's parameters of them.
+            trial.set_user_attr("weights", dict(point))
+            return dict(point)
+        return {name: trial.suggest_float(name, r.low, r.high, log=r.log) for name, r in self._ranges.items()}
 
     def _fail(self, trial: Trial, error: Exception) -> None:
         reason = _reason(error)

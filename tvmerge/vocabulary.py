@@ -17,7 +17,7 @@ from tvmerge.state_dict import Array, StateDict, TensorSpec, WithTensors, delive
 __all__ = ["VOCABULARIES", "Aligned", "Rows", "align_rows", "check_same_vocabulary", "vocabulary_digest"]
 
 #: What to do with models whose vocabularies differ.
-VOCABULARIES = ("same", "intersect")
+VOCABULARIES = ("same", "intersect", "union")
 _ONE_TOKENIZER = (
     "use models of one tokenizer, or --vocabulary intersect to merge the rows of the tokens that they share"
 )

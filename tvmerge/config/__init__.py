@@ -20,8 +20,8 @@ __all__ = [
 ]
 
 #: Settings that take several values on the command line: `--tuned_model a b`.
-LIST_SETTINGS = frozenset({"tuned_model", "weight_groups", "freeze", "task_metric", "task_weight"})
+LIST_SETTINGS = frozenset({"target_model", "tuned_model", "weight_groups", "freeze", "task_metric", "task_weight"})
 #: Settings that are switched on by their name alone: `--apply_chat_template`.
-SWITCHES = frozenset({"apply_chat_template"})
+SWITCHES = frozenset({"apply_chat_template", "share_weights", "search_gate", "save_experts"})
 #: Other names of flags, as older scripts write them.
 ALIASES = {"--judge_model": "--judge_model_name", "--max_new_tokens": "--max_new_token"}

@@ -21,7 +21,8 @@ class MergeConfig:
     """What is merged, and how.
 
     Args:
-        target_model: model that the task vectors are added to; a folder, a Hub id, or id@revision
+        target_model: model that the task vectors are added to; a folder, a Hub id, or id@revision; 2 to 8, separated by
+            spaces, become the experts of a mixture (also as target_model_1, target_model_2, ...)
         tuned_model: models or LoRA adapters whose task vectors, tuned − base, are added; name or name:base, several
             separated by spaces
         base_model: model that tuned_model was tuned from; not needed where each tuned model names its own
@@ -30,19 +31,20 @@ class MergeConfig:
         weight_groups: name=expression, several separated by spaces; tensors whose names hold the regular expression get
             weights of their own, as in attention=self_attn mlp=mlp
         freeze: regular expressions, several separated by spaces; tensors whose names hold one keep the target's values
-        vocabulary: what to do if vocabularies differ; same refuses, intersect merges the rows of shared tokens
+        vocabulary: what to do if vocabularies differ; same refuses, intersect merges the rows of shared tokens, union
+            gives a mixture the tokens of all its experts
         dtype: of the merged model; auto is that of the target
         delta_storage: where differences are kept; mmap computes them from the files, memory keeps one copy of them
         cache_dir: where models of the Hub are kept; default is the Hub's own cache
     """
 
-    target_model: str
+    target_model: list[str] | str
     tuned_model: list[str] | str
     base_model: str | None = None
     optimize_mode: str = "layer"
     weight_groups: list[str] | str | None = None
     freeze: list[str] | str | None = None
-    vocabulary: Literal["same", "intersect"] = "same"
+    vocabulary: Literal["same", "intersect", "union"] = "same"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     delta_storage: Literal["mmap", "memory"] = "mmap"
     cache_dir: str | None = None
@@ -53,20 +55,26 @@ class MergeConfig:
         Raises:
             ConfigError: the first value that cannot work.
         """
-        for name in ("target_model", "base_model"):
-            value = getattr(self, name)
-            if value is not None and not str(value).strip():
-                raise ConfigError(f"--{name} is empty, name a folder or a Hub id")
+        if not self.target_models or not all(str(name).strip() for name in self.target_models):
+            raise ConfigError("--target_model is empty, name a folder or a Hub id")
+        if self.base_model is not None and not str(self.base_model).strip():
+            raise ConfigError("--base_model is empty, name a folder or a Hub id")
         if not self.tuned_models or not all(name.strip() for name in self.tuned_models):
             raise ConfigError("--tuned_model is empty, name a folder or a Hub id")
         if len(set(self.tuned_models)) != len(self.tuned_models):
             raise ConfigError(f"--tuned_model names a model twice: {' '.join(self.tuned_models)}")
         for name in self.tuned_models:
             split_name(name)
-        for name in ("target_model", "optimize_mode"):
-            if not isinstance(getattr(self, name), str):
-                raise ConfigError(f"--{name} must be text, got {getattr(self, name)!r}")
+        if not all(isinstance(name, str) for name in self.target_models):
+            raise ConfigError(f"--target_model must be text, got {self.target_model!r}")
+        if not isinstance(self.optimize_mode, str):
+            raise ConfigError(f"--optimize_mode must be text, got {self.optimize_mode!r}")
         _ = self.grouping
+
+    @property
+    def target_models(self) -> list[str]:
+        """Names of the target models: one, or one for each expert of a mixture."""
+        return list(self.target_model) if isinstance(self.target_model, (list, tuple)) else [self.target_model]
 
     @property
     def tuned_models(self) -> list[str]:
@@ -77,7 +85,7 @@ class MergeConfig:
     def models(self) -> dict[str, Any]:
         """What `open_sources` takes."""
         return {
-            "target": self.target_model,
+            "target": self.target_models,
             "tuned": self.tuned_models,
             "base": self.base_model,
             "vocabulary": self.vocabulary,
@@ -126,10 +134,12 @@ class ApplyConfig:
         recipe: a recipe.yaml that a run has written
         output_dir: folder to write the model into; it must not exist or be empty
         dtype: of the model; auto is what the recipe says
+        save_experts: write each expert of a mixture too, as a model of its own
         cache_dir: where models of the Hub are kept; default is the Hub's own cache
     """
 
     recipe: str
     output_dir: str
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    save_experts: bool = False
     cache_dir: str | None = None

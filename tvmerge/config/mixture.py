@@ -13,7 +13,7 @@ from tvmerge.errors import ConfigError
 from tvmerge.router import GATE_MODES, PROMPTED, ExpertPrompts
 from tvmerge.state_dict import DTYPES
 
-__all__ = ["Mixture", "MixtureExpert"]
+__all__ = ["Mixture", "MixtureExpert", "load_prompts"]
 
 _KEYS = ("base_model", "gate_mode", "dtype", "experts_per_token", "experts")
 _EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts")
@@ -45,13 +45,7 @@ class Mixture:
         Raises:
             ConfigError: no such file, not YAML, a key that is missing or unknown, a value that cannot be.
         """
-        try:
-            text = path.read_text(encoding="utf-8")
-            content = yaml.safe_load(text)
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file, name a YAML file as mergekit-moe reads it") from None
-        except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-            raise ConfigError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+        text, content = _read(path)
         _check_keys(content, where=str(path), known=_KEYS, needed="experts")
         entries = content["experts"]
         if not isinstance(entries, list) or not entries:
@@ -79,17 +73,63 @@ class Mixture:
                     )
 
 
+def load_prompts(path: Path, experts: Sequence[str]) -> list[ExpertPrompts]:
+    """Read the prompts of experts from a file: mergekit-moe's, of which all else is left, or `experts` alone.
+
+    Args:
+        path: a YAML file; `source_model` may be left out.
+        experts: the names of the models, in the order of the file.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown key, another number of experts, an expert of another name or
+            without positive prompts.
+    """
+    _, content = _read(path)
+    _check_keys(content, where=str(path), known=_KEYS, needed="experts")
+    entries = content["experts"]
+    if not isinstance(entries, list) or len(entries) != len(experts):
+        found = len(entries) if isinstance(entries, list) else "none"
+        raise ConfigError(f"{path}: experts must be a list of the prompts of {len(experts)} experts, got {found}")
+    prompts = []
+    for n, (entry, name) in enumerate(zip(entries, experts, strict=True)):
+        where = f"{path}: expert {n}"
+        _check_keys(entry, where=where, known=_EXPERT_KEYS, needed="positive_prompts")
+        if entry.get("source_model") not in (None, name):
+            raise ConfigError(
+                f"{where}: source_model is {entry['source_model']}, where --target_model has {name}: give both in the "
+                "same order, or leave it out"
+            )
+        prompts.append(_prompts(entry, where=where))
+        if not prompts[-1].positive:
+            raise ConfigError(f"{where}: positive_prompts is empty, write what the expert is for")
+    return prompts
+
+
+def _read(path: Path) -> tuple[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return text, yaml.safe_load(text)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file, name a YAML file as mergekit-moe reads it") from None
+    except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+
+
 def _expert(entry: Any, *, where: str) -> MixtureExpert:
     _check_keys(entry, where=where, known=_EXPERT_KEYS, needed="source_model")
     if not _is_text(entry["source_model"]):
         raise ConfigError(f"{where}: source_model must be a folder or a Hub id, got {entry['source_model']!r}")
+    return MixtureExpert(entry["source_model"], _prompts(entry, where=where))
+
+
+def _prompts(entry: Mapping[str, Any], *, where: str) -> ExpertPrompts:
     prompts = {}
     for key in ("positive_prompts", "negative_prompts"):
         texts = entry.get(key) or []
         if not isinstance(texts, list) or not all(_is_text(text) for text in texts):
             raise ConfigError(f"{where}: {key} must be a list of text that is not empty")
         prompts[key.removesuffix("_prompts")] = tuple(texts)
-    return MixtureExpert(entry["source_model"], ExpertPrompts(**prompts))
+    return ExpertPrompts(**prompts)
 
 
 def _check_keys(content: Any, *, where: str, known: Collection[str], needed: str) -> None:

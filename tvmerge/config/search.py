@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
-from tvmerge.config.merge import MergeConfig, listed
+from tvmerge.config.experts import ExpertsConfig
+from tvmerge.config.merge import listed
 from tvmerge.errors import ConfigError
 
 __all__ = ["SearchConfig"]
@@ -15,7 +16,7 @@ LARGEST_WEIGHT = 3e38
 
 
 @dataclass(kw_only=True)
-class SearchConfig(MergeConfig):
+class SearchConfig(ExpertsConfig):
     """How weights are searched.
 
     Args:
@@ -34,7 +35,9 @@ class SearchConfig(MergeConfig):
     """
 
     #: Settings that change where or how long a run runs, and no score: a study may be resumed with others.
-    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset({"n_trials", "cache_dir", "output_dir", "delta_storage"})
+    NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset(
+        {"n_trials", "cache_dir", "output_dir", "delta_storage", "save_experts", "gate_prompts"}
+    )
 
     weight_min: float = 0.0
     weight_max: float = 2.0
@@ -55,6 +58,7 @@ class SearchConfig(MergeConfig):
             ConfigError: the first value that cannot work.
         """
         self.check_merge()
+        self.check_experts()
         if not isinstance(self.output_dir, str) or not self.output_dir.strip():
             raise ConfigError("--output_dir is empty, name a folder")
         for name in ("weight_min", "weight_max"):
@@ -90,5 +94,6 @@ class SearchConfig(MergeConfig):
 
     def identity(self) -> dict[str, Any]:
         """Every setting that a score depends on, in one spelling."""
-        same = {key: value for key, value in asdict(self).items() if key not in self.NOT_IDENTITY}
+        without = self.NOT_IDENTITY | (frozenset() if self.is_mixture else self.ONLY_MIXTURES.keys())
+        same = {key: value for key, value in asdict(self).items() if key not in without}
         return {**same, "weight_groups": listed(self.weight_groups), "freeze": listed(self.freeze)}

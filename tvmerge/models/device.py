@@ -6,7 +6,7 @@ in pinned host memory while the one before it crosses to the device, so that onl
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from tvmerge.delta import Delta, keep_exactly
 from tvmerge.errors import ConfigError
 from tvmerge.lora import LoraTaskVector
 from tvmerge.merge import Merge, MergedStateDict
+from tvmerge.moe import MixtureOfExperts
 from tvmerge.state_dict import StateDict, TensorSpec, as_array, as_tensor
+from tvmerge.task_vector import TaskVector
 
 __all__ = ["DeviceWriter", "choose_device"]
 
@@ -80,8 +82,10 @@ class DeviceWriter:
     def __init__(self, device: torch.device, *, room: int | None = None) -> None:
         self._device = device
         self._room = room
-        self._merge: Merge | None = None  # the one whose tensors are resident
-        self._resident: dict[str, tuple[Tensor, dict[str, _Term]]] | None = None  # None: they do not fit
+        self._merges: frozenset[Merge] = frozenset()  # those whose tensors are resident, if they fit
+        self._fits = False
+        self._targets: dict[tuple[Merge, str], Tensor] = {}
+        self._terms: dict[tuple[TaskVector, str], _Term] = {}  # which merges may share
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._rooms: list[_Room] = []
 
@@ -92,20 +96,22 @@ class DeviceWriter:
             state_dict: what to read.
             views: tensor name and where it goes.
         """
-        views = list(views)
-        if isinstance(state_dict, MergedStateDict) and self._is_resident(state_dict.merge):
+        todo = [(*_origin(state_dict, name), view) for name, view in views]
+        merged = [(source, name, view) for source, name, view in todo if isinstance(source, MergedStateDict)]
+        streamed = [(source, name, view) for source, name, view in todo if not isinstance(source, MergedStateDict)]
+        if self._is_resident([(source.merge, name) for source, name, _ in merged]):
             try:
-                for name, view in views:
-                    self._write_resident(state_dict, name, view)
-                return
+                for source, name, view in merged:
+                    self._write_resident(source, name, view)
+                merged = []
             except torch.OutOfMemoryError:  # there was less room than it seemed
-                self._resident = None
+                self._forget(fits=False)
                 torch.cuda.empty_cache()
-        for n, (name, view) in enumerate(views):
+        for n, (each, name, view) in enumerate([*merged, *streamed]):
             room = self._next_room(n, view)
             room.wait()
             filled = room.memory[: view.nbytes].view(view.dtype).view(view.shape)
-            state_dict.array(name, out=as_array(filled))
+            each.array(name, out=as_array(filled))
             room.send(filled, view)
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
@@ -120,39 +126,53 @@ class DeviceWriter:
             self._rooms[place] = _Room(view.nbytes, self._stream)
         return self._rooms[place]
 
-    def _is_resident(self, merge: Merge) -> bool:
-        if merge is not self._merge:
-            self._merge, self._resident = merge, None
-            if _needed(merge) < (_free(self._device) - RESERVE if self._room is None else self._room):
-                self._resident = {}
-        return self._resident is not None
+    def _is_resident(self, tensors: Sequence[tuple[Merge, str]]) -> bool:
+        """Whether the tensors of merges lie on the device, or are to."""
+        merges = frozenset(merge for merge, _ in tensors)
+        if not merges <= self._merges:
+            self._forget(fits=True)
+            self._merges = merges
+            self._fits = _needed(tensors) < (_free(self._device) - RESERVE if self._room is None else self._room)
+        return self._fits
+
+    def _forget(self, *, fits: bool) -> None:
+        self._targets.clear()
+        self._terms.clear()
+        self._fits = fits
 
     def _write_resident(self, state_dict: MergedStateDict, name: str, view: Tensor) -> None:
-        assert self._resident is not None, "the caller looked"
-        terms = state_dict.terms(name)
-        if name not in state_dict.merge.weights_of:
+        merge, terms = state_dict.merge, state_dict.terms(name)
+        if name not in merge.weights_of:
             state_dict.read(name, out=view)
             return
-        if name not in self._resident:
-            target = as_tensor(state_dict.merge.target.array(name)).to(self._device)
-            self._resident[name] = target, {}
-        target, known = self._resident[name]
+        if (merge, name) not in self._targets:
+            self._targets[merge, name] = as_tensor(merge.target.array(name)).to(self._device)
         for label, _ in terms:
-            if label not in known:
-                known[label] = _Term.of(state_dict.merge.task_vectors[label].delta(name), self._device)
-        _sum(target, [(known[label], weight) for label, weight in terms], view, _torch_dtype(state_dict.spec(name)))
+            vector = merge.task_vectors[label]
+            if (vector, name) not in self._terms:
+                self._terms[vector, name] = _Term.of(vector.delta(name), self._device)
+        known = [(self._terms[merge.task_vectors[label], name], weight) for label, weight in terms]
+        _sum(self._targets[merge, name], known, view, _torch_dtype(state_dict.spec(name)))
 
 
-def _needed(merge: Merge) -> float:
+def _origin(state_dict: StateDict, name: str) -> tuple[StateDict, str]:
+    """The state dict that a tensor comes from as it is, and what that one calls it."""
+    return state_dict.origin(name) if isinstance(state_dict, MixtureOfExperts) else (state_dict, name)
+
+
+def _needed(tensors: Sequence[tuple[Merge, str]]) -> float:
     """Bytes that targets and differences take on a device, with a little more for the lists of what is not exact."""
     total = 0.0
-    for name, weights in merge.weights_of.items():
+    counted: set[tuple[TaskVector, str]] = set()
+    for merge, name in tensors:
         spec = merge.target.spec(name)
-        total += spec.nbytes
-        for label, _ in weights:
+        total += spec.nbytes if name in merge.weights_of else 0
+        for label, _ in merge.weights_of.get(name, ()):
             vector = merge.task_vectors[label]
-            # A product of an adapter's matrices is float64.
-            total += 8 * spec.size if isinstance(vector, LoraTaskVector) else 1.2 * spec.nbytes
+            if (vector, name) not in counted:
+                counted.add((vector, name))
+                # A product of an adapter's matrices is float64.
+                total += 8 * spec.size if isinstance(vector, LoraTaskVector) else 1.2 * spec.nbytes
     return total
 
 

@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from tvmerge.checkpoint import Header
@@ -119,6 +127,35 @@ class TransformersModel:
             )
             model.to(torch.device(device)).eval()
         return cls(model, tokenizer, checkpoint)
+
+    @classmethod
+    def from_config(cls, folder: Path, *, state_dict: StateDict, device: str, dtype: str = "auto") -> TransformersModel:
+        """Build a model that lies in no folder, as a mixture of experts, and fill it.
+
+        Args:
+            folder: configuration and tokenizer, and no weights.
+            state_dict: its weights, spelled as in a checkpoint of its class.
+            device: as torch spells it.
+            dtype: as torch spells it; `auto` is the dtype that config.json names.
+
+        Raises:
+            CheckpointError: transformers cannot build it, or it does not fit on the device.
+            IncompatibleError: a parameter of the model is in no tensor of the state dict.
+        """
+        tokenizer = load_tokenizer(folder)
+        with _explained(folder):
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            wanted = config.dtype if dtype == "auto" else dtype
+            # Every parameter is filled below; to draw them all at random first would take minutes.
+            with no_init_weights(), torch.device(device):
+                model = _auto_class(config).from_config(config, dtype=wanted, trust_remote_code=False)
+            model.tie_weights()
+            if (folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+            model.to(torch.device(device)).eval()
+        live = cls(model, tokenizer, state_dict)
+        live.load(state_dict)
+        return live
 
     def load(self, state_dict: StateDict) -> None:
         """Fill the model in place; a tied tensor is written once, and one that is there already not at all.

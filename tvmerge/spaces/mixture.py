@@ -1,0 +1,207 @@
+"""The space of mixtures: several targets, each plus its own weights times the task vectors, as experts of one model."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from optuna.distributions import FloatDistribution
+
+from tvmerge.config import SearchConfig
+from tvmerge.config.mixture import load_prompts
+from tvmerge.errors import StudyError
+from tvmerge.files import local_path
+from tvmerge.gates import make_router
+from tvmerge.mixture import MixtureMerge, MixtureSettings
+from tvmerge.models.transformers import TransformersModel, unread_by_all
+from tvmerge.moe import Average
+from tvmerge.rebuild import (
+    EXPERTS_FOLDER,
+    ROUTER_FILE,
+    mixture_config,
+    mixture_merge,
+    router_shape,
+    write_experts,
+    write_mixture_files,
+    write_model,
+)
+from tvmerge.recipe import RECIPE_FILE, MixtureRecipe, Recipe, source_entries
+from tvmerge.router import PROMPTED, ExpertPrompts, drawn_gates, router_digest
+from tvmerge.sources import open_sources
+from tvmerge.spaces import Column, Proven, Space
+from tvmerge.state_dict import Array, StateDict, Without
+from tvmerge.study import TrialResult
+from tvmerge.writer import model_files
+
+__all__ = ["TEMPERATURES", "MixtureSpace"]
+
+#: Least and greatest temperature of a router that is searched, on a logarithmic scale.
+TEMPERATURES = (0.25, 4.0)
+
+
+class MixtureSpace(Space):
+    """All mixtures of several targets.
+
+    Args:
+        config: of the run.
+        output: its folder, which keeps the router.
+
+    Raises:
+        InputError: its models cannot be found, or are no experts of one mixture.
+    """
+
+    noun = "mixture"
+
+    def __init__(self, config: SearchConfig, output: Path) -> None:
+        sources = open_sources(**config.models)
+        self._mixture_settings = MixtureSettings(
+            base=config.moe_base,
+            experts_per_token=config.experts_per_token,
+            share_weights=config.share_weights,
+            search_gate=config.search_gate,
+        )
+        dtype = config.merge_settings.dtype
+        self._config = mixture_config(sources, self._mixture_settings, dtype=dtype)
+        self._prompts = [ExpertPrompts()] * len(sources.targets)
+        if config.gate_prompts is not None:
+            path = local_path(config.gate_prompts, flag="--gate_prompts")
+            self._prompts = load_prompts(path, config.target_models)
+        omit = unread_by_all(sources.whole_models())
+        super().__init__(config, sources, replace(config.merge_settings, omit=omit))
+        self._merges = sources.merges(self.settings, keep=config.delta_storage == "memory")
+        self._router_file = output / ROUTER_FILE
+        self._mixture = self._of(np.zeros(router_shape(sources, self._config), np.float32))
+        if config.gate_mode not in PROMPTED:
+            self._mixture = self._of(drawn_gates(config.gate_mode, self._mixture.router.shape, seed=config.gate_seed))
+
+    def _of(self, router: Array) -> MixtureMerge:
+        return mixture_merge(self.sources, self._merges, self._mixture_settings, router)
+
+    @property
+    def ranges(self) -> Mapping[str, FloatDistribution]:
+        """One for each weight of each expert, and for the temperature of each layer's router if it is searched."""
+        temperatures = dict.fromkeys(self._mixture.gate_names, FloatDistribution(*TEMPERATURES, log=True))
+        return {**self._weight_ranges(self._mixture.weight_names), **temperatures}
+
+    def uniform(self, weight: float) -> dict[str, float]:
+        """All weights are the same; temperatures are 1."""
+        return dict.fromkeys(self._mixture.weight_names, weight) | dict.fromkeys(self._mixture.gate_names, 1.0)
+
+    def at(self, point: Mapping[str, float]) -> StateDict:
+        """The mixture."""
+        return self._mixture.at(point)
+
+    def identity(self) -> dict[str, Any]:
+        """Models and prompts."""
+        return {**super().identity(), "gate_prompts": [asdict(own) for own in self._prompts]}
+
+    def open_model(self, *, device: str, recall: Callable[[str], Any]) -> TransformersModel:
+        """The mixture of the targets; its router is made once for the whole study.
+
+        Raises:
+            StudyError: the study's router has gone, or is another one.
+        """
+        known = recall("router")
+        if self.config.gate_mode in PROMPTED:
+            self._mixture = self._of(self._make_router(device) if known is None else self._kept_router())
+        if known not in (None, router_digest(self._mixture.router)):
+            raise StudyError(f"{self._router_file}: is not the router of this study: restore it, or begin anew")
+        with tempfile.TemporaryDirectory() as folder:
+            write_mixture_files(self.sources, self._config, Path(folder))
+            first = self._mixture.at(self.uniform(0.0))
+            return TransformersModel.from_config(Path(folder), state_dict=first, device=device, dtype=self.config.dtype)
+
+    def _make_router(self, device: str) -> Array:
+        targets = [Without(target, self.settings.omit) for target in self.sources.targets]
+        return make_router(
+            self.config.gate_mode,
+            base=Average(targets) if self.config.moe_base == "average" else targets[0],
+            folder=self.sources.target.model.path,
+            config=self._config,
+            prompts=self._prompts,
+            seed=self.config.gate_seed,
+            device=device,
+        )
+
+    def _kept_router(self) -> Array:
+        try:
+            router: Array = np.load(self._router_file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise StudyError(
+                f"{self._router_file}: holds the router of this study and cannot be read: restore it, or begin anew"
+            ) from error
+        if router.shape != self._mixture.router.shape or router.dtype != np.float32:
+            raise StudyError(f"{self._router_file}: is not the router of this study: restore it, or begin anew")
+        return router
+
+    def remember(self, keep: Callable[[str, Any], None]) -> None:
+        """Keep the router in the run's folder, and its digest with the study."""
+        beside = self._router_file.with_suffix(".npy.tmp")
+        with beside.open("wb") as file:
+            np.save(file, self._mixture.router, allow_pickle=False)
+        beside.replace(self._router_file)
+        keep("router", router_digest(self._mixture.router))
+
+    def singles(self, best: TrialResult, uniform: TrialResult) -> list[Column]:
+        """Each expert of the best mixture, and of the best one of uniform weights, as a model of its own."""
+        columns = []
+        for n in range(len(self._merges)):
+            for result in (best,) if best.number == uniform.number else (best, uniform):
+                expert = self._mixture.expert(n, result.weights)
+                label = f"best expert ({n + 1})"
+                columns.append(Column(label, f"expert{n + 1}", result.number, self._mixture.alone(expert)))
+        return columns
+
+    def columns(self, proven: Proven, single: Column | None) -> list[Column]:
+        """The targets, the tuned models, the mixtures of one weight for all, the best expert, and the best mixture."""
+        omit = self.settings.omit
+        targets = [(f"target {n}", f"target/{n}", Without(t, omit)) for n, t in enumerate(self.sources.targets, 1)]
+        several = len(self.sources.tuned) > 1
+        tuned = [
+            (entry.label if several else "tuned", f"tuned/{entry.label}" if several else "tuned", model)
+            for entry in self.sources.tuned
+            if (model := self.sources.tuned_state_dict(entry, self.settings)) is not None
+        ]
+        return [
+            *(Column(label, model, None, self._mixture.alone(dense)) for label, model, dense in (*targets, *tuned)),
+            self.trial_column("MoE at 0", proven.zero),
+            self.trial_column("MoE at 1", proven.one),
+            self.trial_column(f"best uniform MoE ({proven.uniform_weight:g})", proven.best_uniform),
+            *([] if single is None else [single]),
+            self.trial_column("best MoE", proven.best),
+        ]
+
+    def nothing_gained(self) -> str:
+        """The mixture of the targets is the best."""
+        return "Nothing that was tried scored higher than the mixture of the targets as they are."
+
+    def recipe(self, best: TrialResult, **more: Any) -> Recipe:
+        """Sources, grouping and weights, and how the experts become one model."""
+        entries = source_entries(self.sources, vocabulary=self.settings.vocabulary)
+        mixture = MixtureRecipe(
+            further_targets=entries["further_targets"],
+            gate_mode=self.config.gate_mode,
+            gate_seed=self.config.gate_seed,
+            router=router_digest(self._mixture.router),
+            **asdict(self._mixture_settings),
+        )
+        return self._recipe(best, mixture=mixture, **more)
+
+    def write(self, recipe: Recipe, folder: Path) -> None:
+        """Write the mixture, and its experts if they are asked for."""
+        write_model(recipe, self.sources, folder, router=self._mixture.router)
+        if self.config.save_experts:
+            write_experts(recipe, self.sources, folder)
+
+    def files(self) -> list[str]:
+        """Those of the first target, the router, and the experts' recipes."""
+        experts = range(1, len(self._merges) + 1) if self.config.save_experts else ()
+        return [
+            *(path.name for path in model_files(self.sources.target.model.path)),
+            ROUTER_FILE,
+            *(f"{EXPERTS_FOLDER}/expert{n}/{RECIPE_FILE}" for n in experts),
+        ]
