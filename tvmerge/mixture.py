@@ -89,6 +89,12 @@ class MixtureMerge:
         self.weight_names: Sequence[str] = own
         self.at(dict.fromkeys(self.weight_names, 0.0) | dict.fromkeys(self.gate_names, 1.0))  # fits, or is refused
 
+    def parts(self) -> list[tuple[Merge, list[str]]]:
+        """The merges that the mixture is made of, and which of their tensors move it."""
+        experts = [(merge, [name for name in merge.weights_of if is_mlp(name)]) for merge in self.merges]
+        base = self._average or self.merges[0]
+        return [*experts, (base, [name for name in base.weights_of if not is_mlp(name)])]
+
     def _names_of(self, n: int) -> dict[str, str]:
         """Name of a weight of a merge → its name in the mixture, for those that move the mixture."""
         merge = self.merges[n]

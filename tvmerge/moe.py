@@ -267,17 +267,17 @@ class Average(WithTensors):
     """
 
     def __init__(self, state_dicts: Sequence[StateDict], *, dtype: Dtype | None = None) -> None:
-        self._state_dicts = tuple(state_dicts)
+        self.state_dicts = tuple(state_dicts)
         self._dtype = dtype
 
     @property
     def names(self) -> Sequence[str]:
         """As in all of them, sorted."""
-        return self._state_dicts[0].names
+        return self.state_dicts[0].names
 
     def spec(self, name: str) -> TensorSpec:
         """As in the first, but for `dtype`."""
-        spec = self._state_dicts[0].spec(name)
+        spec = self.state_dicts[0].spec(name)
         return (
             spec if self._dtype is None or spec.dtype not in MERGEABLE_DTYPES else TensorSpec(spec.shape, self._dtype)
         )
@@ -286,14 +286,14 @@ class Average(WithTensors):
         """The mean, rounded to the dtype of `spec`."""
         spec = self.spec(name)
         if spec.dtype not in MERGEABLE_DTYPES:
-            return self._state_dicts[0].array(name, out=out)
-        widest = max(each.spec(name).dtype.itemsize for each in self._state_dicts)
+            return self.state_dicts[0].array(name, out=out)
+        widest = max(each.spec(name).dtype.itemsize for each in self.state_dicts)
         total = np.zeros(spec.shape, np.float32 if widest == 2 else np.float64)
-        for each in self._state_dicts:
+        for each in self.state_dicts:
             np.add(total, each.array(name), out=total, casting="unsafe")
-        total /= len(self._state_dicts)
+        total /= len(self.state_dicts)
         return deliver(total.astype(spec.dtype, copy=False), out)
 
     def version(self, name: str) -> Hashable:
         """Those of all of them."""
-        return Average, tuple(each.version(name) for each in self._state_dicts), self.spec(name).dtype
+        return Average, tuple(each.version(name) for each in self.state_dicts), self.spec(name).dtype

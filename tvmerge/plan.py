@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from tvmerge.checkpoint import SAFETENSORS_DTYPES, Checkpoint, Header
@@ -18,6 +19,8 @@ from tvmerge.files import check_output, local_path
 from tvmerge.hub import describe, resolve
 from tvmerge.lora import Adapter, LoraTaskVector, is_adapter
 from tvmerge.merge import Merge
+from tvmerge.moe import Average
+from tvmerge.rebuild import mixture_config, mixture_merge, router_shape
 from tvmerge.sources import Sources, open_sources
 from tvmerge.state_dict import TensorSpec
 
@@ -50,20 +53,45 @@ def plan(config: PlanConfig) -> None:
         from tvmerge.models.transformers import load_tokenizer, unread_by_all
 
         load_tokenizer(sources.target.model.path)
+        if config.is_mixture:  # what is refused of experts is refused before what is refused of models
+            mixture_config(sources, config.mixture_settings, dtype=config.merge_settings.dtype)
         omit = unread_by_all(sources.whole_models())
-        merge = sources.merge(replace(config.merge_settings, omit=omit))
+        made = _made(config, sources, omit)
     except InputError:
         print(_table(_model_rows(opened)))
         raise
     print(_table(_model_rows(opened)))
     print()
-    rows, problems = _needs(config, sources, merge, omit, missing=sum(m for _, _, m in opened), output=output)
+    rows, problems = _needs(config, sources, made, omit, missing=sum(m for _, _, m in opened), output=output)
     print(_table([("what", "figure"), *rows]))
     if judged is not None:
         print()
         print(_table([("what", "figure"), *judged]))
     if problems:
         raise IncompatibleError("; ".join(problems))
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a search makes of the models."""
+
+    specs: Mapping[str, TensorSpec]  # of the live model
+    parts: Sequence[tuple[Merge, Sequence[str]]]  # the merges in it, and which of their tensors move
+    weight_names: Sequence[str]
+
+
+def _made(config: PlanConfig, sources: Sources, omit: Sequence[str]) -> _Made:
+    settings = replace(config.merge_settings, omit=omit)
+    if not config.is_mixture:
+        merge = sources.merge(settings)
+        specs = {name: merge.spec(name) for name in merge.target.names}
+        return _Made(specs, [(merge, list(merge.weights_of))], merge.weight_names)
+    shape = router_shape(sources, mixture_config(sources, config.mixture_settings, dtype=settings.dtype))
+    router = np.zeros(shape, np.float32)
+    mixture = mixture_merge(sources, sources.merges(settings), config.mixture_settings, router)
+    names = [*mixture.weight_names, *mixture.gate_names]
+    model = mixture.at(dict.fromkeys(names, 1.0))
+    return _Made({name: model.spec(name) for name in model.names}, mixture.parts(), names)
 
 
 def open_header(name: str, *, cache_dir: str | None) -> tuple[Header, int]:
@@ -138,30 +166,21 @@ def _vocabulary(header: Header) -> str:
 
 
 def _needs(
-    config: PlanConfig, sources: Sources, merge: Merge, omit: Sequence[str], *, missing: int, output: Path
+    config: PlanConfig, sources: Sources, made: _Made, omit: Sequence[str], *, missing: int, output: Path
 ) -> tuple[list[tuple[str, str]], list[str]]:
-    specs = {name: merge.spec(name) for name in merge.target.names}
-    live = sum(spec.nbytes for spec in specs.values())
-    largest = max(spec.nbytes for spec in specs.values())
-    changed = [name for name in specs if name in merge.weights_of]
-    read = sum(merge.target.spec(name).nbytes for name in changed)
-    kept = 0
-    for label, vector in merge.task_vectors.items():
-        entry = next(entry for entry in sources.tuned if entry.label == label)
-        names = set(vector.names) & set(changed)
-        tuned = _stored(entry.tuned, names)
-        kept += 0 if isinstance(vector, LoraTaskVector) else tuned
-        # Of an adapter's base only those tensors are read that the adapter holds whole.
-        needed = names & set(vector.whole_names) if isinstance(vector, LoraTaskVector) else names
-        read += tuned + (0 if entry.base is None else _stored(entry.base, needed))
-    written = sum(specs[name].nbytes for name in changed)
+    live = sum(spec.nbytes for spec in made.specs.values())
+    largest = max(spec.nbytes for spec in made.specs.values())
+    read, kept = _traffic(sources, made)
+    written = sum(merge.spec(name).nbytes for merge, names in made.parts for name in names)
+    moved = sum(len(names) for _, names in made.parts)
     in_memory = live + (kept if config.delta_storage == "memory" else largest)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = _free(output)
     cache_free = _free(Path(config.cache_dir or HF_HUB_CACHE)) if missing else free
     rows = [
-        ("weights to search", f"{len(merge.weight_names)} ({', '.join(_few(merge.weight_names))})"),
-        ("tensors that move", f"{len(changed)} of {len(specs)}"),
+        *_expert_rows(config),
+        ("weights to search", f"{len(made.weight_names)} ({', '.join(_few(made.weight_names))})"),
+        ("tensors that move", f"{moved} of {len(made.specs)}"),
         ("tensors left out", f"{len(omit)} (duplicates of tied tensors, or not read by the model)"),
         ("checks", "architecture, names, shapes, kinds, tied tensors, vocabulary: all fit"),
         ("largest tensor", _size(largest)),
@@ -178,6 +197,36 @@ def _needs(
     if in_memory > memory:
         problems.append(f"{_size(in_memory)} of memory are needed, and this machine has {_size(memory)}")
     return rows, problems
+
+
+def _traffic(sources: Sources, made: _Made) -> tuple[int, int]:
+    """Bytes that a trial reads, and bytes of differences that could be kept in memory."""
+    read = 0
+    kept: dict[str, int] = {}
+    for merge, changed in made.parts:
+        targets = merge.target.state_dicts if isinstance(merge.target, Average) else [merge.target]
+        read += sum(target.spec(name).nbytes for target in targets for name in changed)
+        for label, vector in merge.task_vectors.items():
+            entry = next(entry for entry in sources.tuned if entry.label == label)
+            names = set(vector.names) & set(changed)
+            tuned = _stored(entry.tuned, names)
+            whole = set(vector.names) & merge.weights_of.keys()  # experts share their differences
+            kept[label] = 0 if isinstance(vector, LoraTaskVector) else _stored(entry.tuned, whole)
+            # Of an adapter's base only those tensors are read that the adapter holds whole.
+            needed = names & set(vector.whole_names) if isinstance(vector, LoraTaskVector) else names
+            read += tuned + (0 if entry.base is None else _stored(entry.base, needed))
+    return read, sum(kept.values())
+
+
+def _expert_rows(config: PlanConfig) -> list[tuple[str, str]]:
+    if not config.is_mixture:
+        return []
+    shared = "shared weights" if config.share_weights else "weights of their own"
+    return [
+        ("experts", f"{len(config.target_models)}, {config.experts_per_token} per token, {shared}"),
+        ("attention, norms, embeddings", "mean of all" if config.moe_base == "average" else "first expert's"),
+        ("router", config.gate_mode + (", with a temperature per layer" if config.search_gate else "")),
+    ]
 
 
 def _judge_rows(config: PlanConfig) -> list[tuple[str, str]]:

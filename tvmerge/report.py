@@ -117,9 +117,13 @@ def _comparison(gain: Gain) -> str:
 
 def model_card(recipe: Recipe, *, table: str, verdict_text: str, weights: Mapping[str, float]) -> str:
     """README.md of the merged model, as the Hub reads it."""
-    metadata: dict[str, object] = {"library_name": "transformers", "tags": ["merge", "tvmerge"]}
+    mixture = recipe.mixture
+    tags = ["merge", "tvmerge"] if mixture is None else ["merge", "moe", "tvmerge"]
+    metadata: dict[str, object] = {"library_name": "transformers", "tags": tags}
     # The Hub takes ids only, and refuses a folder of somebody's machine.
     sources = {"target": recipe.target}
+    if mixture is not None:
+        sources = {f"target {n}": source for n, source in enumerate((recipe.target, *mixture.further_targets), start=1)}
     for entry in recipe.task_vectors:
         name = f" {entry['label']}" if len(recipe.task_vectors) > 1 else ""
         sources |= {f"{role}{name}": entry[role] for role in ("base", "tuned") if entry[role]}
@@ -132,9 +136,7 @@ def model_card(recipe: Recipe, *, table: str, verdict_text: str, weights: Mappin
     return f"""---
 {header}---
 
-# A merge found by tvmerge
-
-`target + Σ w·(tuned − base)`, with {_per(recipe)}.
+{_what(recipe)}
 
 {listed}
 
@@ -152,6 +154,21 @@ def model_card(recipe: Recipe, *, table: str, verdict_text: str, weights: Mappin
 |---|---:|
 {weight_rows}
 """
+
+
+def _what(recipe: Recipe) -> str:
+    mixture, per = recipe.mixture, _per(recipe)
+    if mixture is None:
+        return f"# A merge found by tvmerge\n\n`target + Σ w·(tuned − base)`, with {per}."
+    n = 1 + len(mixture.further_targets)
+    whose = "shared by all experts" if mixture.share_weights else "for each expert"
+    base = "the mean of all experts" if mixture.base == "average" else "the first expert"
+    searched = ", with a temperature for each layer that was searched" if mixture.search_gate else ""
+    return f"""# A mixture of experts found by tvmerge
+
+Each of the {n} experts is `target + Σ w·(tuned − base)`, with {per}, {whose}. Attention, norms and embeddings are
+those of {base}. The router picks {mixture.experts_per_token} experts for a token; it was not trained but made by
+`gate_mode: {mixture.gate_mode}` (seed {mixture.gate_seed}){searched}, and its values lie in `router.npy`."""
 
 
 def _per(recipe: Recipe) -> str:

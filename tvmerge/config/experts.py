@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tvmerge.config.merge import MergeConfig
 from tvmerge.errors import ConfigError
 from tvmerge.moe import MAX_EXPERTS
 from tvmerge.router import PROMPTED
+
+if TYPE_CHECKING:
+    from tvmerge.mixture import MixtureSettings
 
 __all__ = ["ExpertsConfig"]
 
@@ -57,6 +60,18 @@ class ExpertsConfig(MergeConfig):
     def is_mixture(self) -> bool:
         """Whether there are several targets."""
         return len(self.target_models) > 1
+
+    @property
+    def mixture_settings(self) -> MixtureSettings:
+        """How merges become one model."""
+        from tvmerge.mixture import MixtureSettings  # not before a command runs: --help must be fast
+
+        return MixtureSettings(
+            base=self.moe_base,
+            experts_per_token=self.experts_per_token,
+            share_weights=self.share_weights,
+            search_gate=self.search_gate,
+        )
 
     def check_experts(self) -> None:
         """Check every setting of the mixture that can be checked without opening anything.

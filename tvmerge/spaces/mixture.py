@@ -16,7 +16,7 @@ from tvmerge.config.mixture import load_prompts
 from tvmerge.errors import StudyError
 from tvmerge.files import local_path
 from tvmerge.gates import make_router
-from tvmerge.mixture import MixtureMerge, MixtureSettings
+from tvmerge.mixture import MixtureMerge
 from tvmerge.models.transformers import TransformersModel, unread_by_all
 from tvmerge.moe import Average
 from tvmerge.rebuild import (
@@ -58,12 +58,7 @@ class MixtureSpace(Space):
 
     def __init__(self, config: SearchConfig, output: Path) -> None:
         sources = open_sources(**config.models)
-        self._mixture_settings = MixtureSettings(
-            base=config.moe_base,
-            experts_per_token=config.experts_per_token,
-            share_weights=config.share_weights,
-            search_gate=config.search_gate,
-        )
+        self._mixture_settings = config.mixture_settings
         dtype = config.merge_settings.dtype
         self._config = mixture_config(sources, self._mixture_settings, dtype=dtype)
         self._prompts = [ExpertPrompts()] * len(sources.targets)
