@@ -113,8 +113,8 @@ EVEN: Prompts = (
     (["。b", "bb"], ["タワー", "hhh"]),
     (["haha", "京京京京"], ["a b"]),
 )
-#: As UNEVEN, of letters alone: transformers gives Qwen's models a tokenizer that takes all else apart into bytes, which
-#: have no tokens here.
+#: As UNEVEN, of letters alone: transformers gives a Qwen2 a tokenizer that takes all else apart into bytes, which have
+#: no tokens here.
 LETTERS: Prompts = ((["abcde", "fgh", "a"], ["j"]), (["fghijfghijfghij"], []), (["b", "bbbj"], ["cde", "hhhhhhh"]))
 
 
