@@ -165,7 +165,8 @@ def hidden(inputs: GateInputs) -> Array:
     x / max(|x|, 1e-8), an expert's row is n(m(positive) − m(negative)), the latter being 0 without negative prompts.
 
     Source:
-        mergekit-moe's `gate_mode: hidden`, there also called `hidden_last`.
+        mergekit-moe's `gate_mode: hidden`, there also called `hidden_last`, and computed in bfloat16 whatever the
+        weights are in. Here the model computes in the dtype of its weights.
     """
     return _from_hidden(inputs, lambda states, mask: states[:, :, -1])
 
