@@ -6,8 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,7 @@ def test_the_recipe_rebuilds_the_mixture_and_its_experts(finished: Path, tmp_pat
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"further_targets": []}, "further_targets must be a list of the 1 to 7 other experts"),
+        ({"further_targets": []}, "further_targets must list the 1 to 7 other experts"),
         ({"gate_mode": "best"}, "unknown gate_mode 'best'"),
         ({"base": ["first"]}, "unknown base ['first']"),
         ({"share_weights": "yes"}, "unknown share_weights 'yes'"),
@@ -267,13 +266,11 @@ def test_stopped_and_gone_on_with_a_run_ends_like_one_that_is_not(
     command = flags(trio, targets[:2], tmp_path / "stopped", *more)
     for n_trials in ("2", "4", "7"):
         assert main([*command, "--n_trials", n_trials]) == 0
-    process = subprocess.Popen([sys.executable, "-m", "tvmerge", *command], cwd=ROOT, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    for line in process.stderr:  # killed while it runs, or as soon as it is done
-        if b"trial 8/" in line:
-            break
-    process.kill()
-    process.wait()
+    arguments = [sys.executable, "-m", "tvmerge", *command]
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if b"trial 8/" in line)
+        process.kill()
     assert main(command) == 0
     assert trials(tmp_path / "stopped") == trials(tmp_path / "straight")
     assert best(tmp_path / "stopped") == best(tmp_path / "straight")
@@ -320,10 +317,10 @@ READ = MergedStateDict.array
 
 
 @pytest.fixture
-def faults(monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
     found = Faults()
     monkeypatch.setattr(MergedStateDict, "array", lambda own, name, *, out=None: found(own, name, out=out))
-    yield found
+    return found
 
 
 def test_an_assembly_that_fails_fails_its_trial_and_no_stale_model_is_scored(
@@ -384,11 +381,6 @@ def test_numbered_targets_are_the_same_run(trio: Trio, targets: list[Path], tmp_
 def test_one_model_can_be_two_experts(trio: Trio, targets: list[Path], tmp_path: Path) -> None:
     assert main(flags(trio, [targets[0], targets[0]], tmp_path / "out", "--n_trials", "8")) == 0
     assert_it_scores_what_the_study_says(tmp_path / "out")
-
-
-def _changed(source: Path, folder: Path, **changes: Any) -> Path:
-    """A model like another one, of another shape."""
-    return save_mistral(folder, seed=3, **changes)
 
 
 @pytest.mark.parametrize(
@@ -518,9 +510,7 @@ def test_answers_of_a_mixture_are_judged(trio: Trio, targets: list[Path], tmp_pa
     assert {"trial-0000", "target-1-heldout", "target-2-heldout", "tuned-heldout"} < names
     assert any(name.startswith("expert") for name in names)
     before = (output / "scores.jsonl").read_bytes(), best(output)
-    started = time.monotonic()
     assert main(command) == 0
     assert ((output / "scores.jsonl").read_bytes(), best(output)) == before
-    assert time.monotonic() >= started
     checkpoint = Checkpoint(resolve(str(output / "best")))
     assert any("block_sparse_moe" in name for name in checkpoint.names)
