@@ -143,7 +143,7 @@ def test_a_failure_while_writing_leaves_nothing(trio: Trio, tmp_path: Path, monk
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("tvmerge.recipe.copy_model_files", full_disk)
+    monkeypatch.setattr("tvmerge.rebuild.copy_model_files", full_disk)
     recipe = written(tmp_path / "recipe.yaml", content(trio))
     with pytest.raises(RunError, match="cannot be written, nothing was kept: No space"):
         apply_recipe(recipe, output=tmp_path / "out")

@@ -245,11 +245,11 @@ def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(
 #: Dies without a word at the n-th call of a function, in a run whose trials are all done.
 DIE = """
 import os, sys
-from tvmerge import files, recipe, study
+from tvmerge import files, rebuild, study
 from tvmerge.cli import main
 
 module, name, n = sys.argv[1], sys.argv[2], int(sys.argv[3])
-owner = {"files": files, "recipe": recipe, "ScoreLog": study.ScoreLog}[module]
+owner = {"files": files, "rebuild": rebuild, "ScoreLog": study.ScoreLog}[module]
 real, calls = getattr(owner, name), []
 
 
@@ -269,7 +269,7 @@ sys.exit(main(sys.argv[4:]))
     ("module", "name", "n"),
     [
         ("ScoreLog", "append", 2),  # between two models that are scored on the held-out questions
-        ("recipe", "copy_model_files", 1),  # weights written, the rest not
+        ("rebuild", "copy_model_files", 1),  # weights written, the rest not
         ("files", "_flush", 4),  # in the middle of flushing
         ("files", "_flush", 9),  # best/ in its place, the old one not removed
         *(pytest.param("files", "_flush", n, marks=pytest.mark.full) for n in (1, 2, 3, 5, 6, 7, 8)),
