@@ -295,8 +295,8 @@ def _ways(known: _Known) -> dict[str, Any]:
         "the kind of their models": known.kind,
         "what they spell": spelling,
         "byte_fallback": bool(model.get("byte_fallback")),
-        "continuing_subword_prefix": model.get("continuing_subword_prefix") or "",
-        "end_of_word_suffix": model.get("end_of_word_suffix") or "",
+        "continuing_subword_prefix": model.get("continuing_subword_prefix") or "none",
+        "end_of_word_suffix": model.get("end_of_word_suffix") or "none",
         "the normalizer": [part for part in normalizer if not _is_space(part)],
         "the pre-tokenizer": [part for part in splits if not _is_space(part) and part["type"] not in ignored],
     }
