@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from test_cli import assert_refused
 from test_state_dict import InMemory
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, PreTrainedTokenizerFast
 
 from tvmerge.checkpoint import Checkpoint, Header
 from tvmerge.cli import main
@@ -31,6 +31,7 @@ from tvmerge.errors import CheckpointError, IncompatibleError
 from tvmerge.hub import ModelId, resolve
 from tvmerge.models.transformers import check_tokenizer
 from tvmerge.moe import Average
+from tvmerge.router import ExpertPrompts, GateInputs, make_gates
 from tvmerge.state_dict import BFLOAT16, StateDict, TensorSpec
 from tvmerge.union import UnitedVocabulary, unite
 from tvmerge.vocabulary import Rows, vocabulary_digest
@@ -422,7 +423,7 @@ def _no_size(folder: Path) -> None:
         (_special, r"'▁a' is a special token of other and plain text to first: make it special"),
         (_no_ids, r"other: its tokenizer.json tells no vocabulary that can be united"),
         (_far_ids, r"other: its tokenizer.json tells no vocabulary that can be united"),
-        (_no_merges, r"a tokenizer.json of first, other is damaged, KeyError: 'merges'"),
+        (_no_merges, r"a tokenizer.json of first, other is damaged, fetch it again: KeyError: 'merges'"),
         (_no_size, r"other: its config.json has no vocab_size"),
     ],
 )
@@ -440,8 +441,8 @@ def test_tokenizers_that_cannot_be_united(change: Callable[[Path], None], messag
 def test_older_files_spell_a_space_otherwise_and_are_united(tmp_path: Path) -> None:
     first, other = (save(tmp_path / str(n), byte_fallback(corpus)) for n, corpus in enumerate((FIRST, OTHER)))
     tokenizer = Tokenizer.from_file(str(other.model.path / "tokenizer.json"))
-    tokenizer.pre_tokenizer = None
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")  # of which none is left
     tokenizer.save(str(other.model.path / "tokenizer.json"))
     loaded = AutoTokenizer.from_pretrained(written(united_of(first, other), first, tmp_path / "united"))
     assert all(loaded.decode(plain(loaded, text)) == text for text in (*FIRST, *OTHER))
@@ -553,12 +554,15 @@ def expert(folder: Path, characters: str, *, seed: int, padding: int = 0, **chan
     return folder
 
 
-def moe(folder: Path, experts: list[Path], *more: str, mode: str = "random", **changes: Any) -> list[str]:
+def moe(
+    folder: Path, experts: list[Path], *more: str, mode: str = "random", prompts: str = "a b", **changes: Any
+) -> list[str]:
     entries = [
-        {"source_model": str(path), "positive_prompts": [text]} for path, text in zip(experts, "ab", strict=True)
+        {"source_model": str(path), "positive_prompts": [text]}
+        for path, text in zip(experts, prompts.split(), strict=True)
     ]
     path = folder / "moe.yaml"
-    path.write_text(yaml.safe_dump({"gate_mode": mode, "experts": entries, **changes}))
+    path.write_text(yaml.safe_dump({"gate_mode": mode, "experts": entries, **changes}, allow_unicode=True), "utf-8")
     return ["moe", str(path), "--output_dir", str(folder / "out"), *more]
 
 
@@ -596,6 +600,34 @@ def test_experts_of_other_tokenizers_make_a_mixture(mode: str, base: str, tied: 
     assert "--vocabulary union" in (out / "README.md").read_text(encoding="utf-8")
     router = made.array("model.layers.0.block_sparse_moe.gate.weight")
     assert np.ptp(router.astype(np.float32)) > 0
+
+
+@pytest.mark.parametrize("mode", ["hidden", "cheap_embed"])
+@pytest.mark.parametrize("base", ["first", "average"])
+def test_prompts_are_read_by_the_base_as_it_is_in_the_mixture(base: str, mode: str, tmp_path: Path) -> None:
+    experts = [expert(tmp_path / str(n), cs, seed=n) for n, cs in enumerate(("abc", "東京b"))]
+    more = ("--vocabulary", "union", "--moe_base", base)
+    assert main(moe(tmp_path, experts, *more, mode=mode, prompts="ab 東京", dtype="float32")) == 0
+    made, headers = checkpoint(tmp_path / "out"), [checkpoint(folder) for folder in experts]
+    completed = united_of(*headers).complete(headers)
+    dense = Average(completed) if base == "average" else completed[0]
+    config = MistralConfig.from_pretrained(experts[0], vocab_size=8)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            dense.read(name, out=parameter.data)
+    inputs = GateInputs(
+        layers=2,
+        hidden=16,
+        prompts=[ExpertPrompts([prompt]) for prompt in ("ab", "東京")],
+        seed=0,
+        tokenizer=lambda: AutoTokenizer.from_pretrained(tmp_path / "out"),
+        embeddings=lambda: dense.array("model.embed_tokens.weight"),
+        model=lambda: model,
+    )
+    for layer, expected in enumerate(make_gates(mode, inputs)):
+        gate = made.array(f"model.layers.{layer}.block_sparse_moe.gate.weight")
+        np.testing.assert_allclose(gate, expected, rtol=1e-4, atol=1e-5)
 
 
 def permuted(folder: Path, source: Path, characters: str) -> Path:
@@ -641,15 +673,16 @@ def test_a_named_base_gives_ids_and_may_lack_tokens(tmp_path: Path) -> None:
 
 def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, other = expert(tmp_path / "first", "abc", seed=1), expert(tmp_path / "other", "abd", seed=2)
+    wider = expert(tmp_path / "wider", "abcd", seed=2)
+    deep = expert(tmp_path / "deep", "abd", seed=2, num_hidden_layers=1)
+    capsys.readouterr()
     out = tmp_path / "out"
     assert_refused(moe(tmp_path, [first, other]), "or --vocabulary union for the tokens of all", out, capsys)
-    wider = expert(tmp_path / "wider", "abcd", seed=2)
     assert_refused(moe(tmp_path, [first, wider]), "must have the same, or use --vocabulary union", out, capsys)
     edit(other, "tokenizer.json", lambda content: content.update(normalizer={"type": "Lowercase"}))
     union = moe(tmp_path, [first, other], "--vocabulary", "union")
     assert_refused(union, "cannot be united: the normalizer: [] in the former and", out, capsys)
     (other / "tokenizer.json").unlink()
     assert_refused(union, "other: ships no tokenizer.json, which vocabularies are united by", out, capsys)
-    deep = expert(tmp_path / "deep", "abd", seed=2, num_hidden_layers=1)
     deeper = moe(tmp_path, [first, deep], "--vocabulary", "union")
     assert_refused(deeper, "num_hidden_layers is 2 in the former and 1 in the latter", out, capsys)

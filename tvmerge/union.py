@@ -200,7 +200,9 @@ def unite(models: Sequence[Header], *, whose: Sequence[str]) -> UnitedVocabulary
             tokenizer = _dump(_united_tokenizer([each.content for each in known], united, new))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise IncompatibleError(f"a tokenizer.json of {', '.join(whose)} is damaged, {reason}") from error
+            raise IncompatibleError(
+                f"a tokenizer.json of {', '.join(whose)} is damaged, fetch it again: {reason}"
+            ) from error
         added = {united[token]: {k: v for k, v in entry.items() if k != "id"} for token, entry in new.items()}
     size = max(known[0].size, 1 + max(united.values()))
     sources = [shared_rows(united, size, [each.vocabulary], [each.size])[0] for each in known]
@@ -290,7 +292,6 @@ def _ways(known: _Known) -> dict[str, Any]:
     model = known.content["model"]
     normalizer, splits = (_parts(known.content.get(key)) for key in ("normalizer", "pre_tokenizer"))
     spelling = _spelling([*normalizer, *splits])
-    ignored = {"Split", "Digits", "Punctuation"} if spelling == "bytes" else set()  # all bytes have tokens anyway
     return {
         "the kind of their models": known.kind,
         "what they spell": spelling,
@@ -298,7 +299,7 @@ def _ways(known: _Known) -> dict[str, Any]:
         "continuing_subword_prefix": model.get("continuing_subword_prefix") or "none",
         "end_of_word_suffix": model.get("end_of_word_suffix") or "none",
         "the normalizer": [part for part in normalizer if not _is_space(part)],
-        "the pre-tokenizer": [part for part in splits if not _is_space(part) and part["type"] not in ignored],
+        "the pre-tokenizer": [part for part in splits if not _is_space(part) and _matters(part, spelling)],
     }
 
 
@@ -316,6 +317,13 @@ def _is_space(part: _Json) -> bool:
     """Whether part of a normalizer or pre-tokenizer only says how spaces are spelled."""
     is_replaced = part["type"] == "Replace" and part["pattern"] == {"String": " "}
     return is_replaced or part["type"] in {"ByteLevel", "Metaspace", "Prepend"}
+
+
+def _matters(part: _Json, spelling: str) -> bool:
+    """Whether part of a pre-tokenizer decides which text has tokens at all."""
+    if spelling == "bytes":  # all of them have one
+        return part["type"] not in {"Split", "Digits", "Punctuation"}
+    return spelling == "text" or part["type"] != "Split" or part["pattern"] != {"String": " "}  # no space is left
 
 
 def _spelling(parts: Sequence[_Json]) -> str:
