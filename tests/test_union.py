@@ -470,6 +470,21 @@ def test_what_transformers_reads_otherwise_is_refused(tmp_path: Path) -> None:
         check_tokenizer(first.model.path, {"a": 3, "b": 5})
 
 
+def test_a_token_that_only_transformers_adds_keeps_its_row_or_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, other = expert(tmp_path / "first", "abc", seed=1, padding=1), expert(tmp_path / "other", "abd", seed=2)
+    edit(first, "tokenizer_config.json", lambda content: content.update(pad_token="<pad>"))
+    assert AutoTokenizer.from_pretrained(first).pad_token_id == 6
+    arguments = moe(tmp_path, [first, other], "--vocabulary", "union")
+    capsys.readouterr()
+    message = "gives the token '<pad>' the id 7, not 6: save the tokenizers of all models with transformers"
+    assert_refused(arguments, message, tmp_path / "out", capsys)
+    AutoTokenizer.from_pretrained(first).save_pretrained(first)
+    assert main(arguments) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").pad_token_id == 6
+
+
 ROWS = [
     Rows((0, 1, -1, -1, 4, -1), frozenset({"embed", "head.bias"})),
     Rows((1, -1, 0, -1, -1, -1), frozenset({"embed", "head.bias"})),

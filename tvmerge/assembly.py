@@ -178,7 +178,9 @@ def _tokenizer_folder(members: Members, settings: dict[str, Any], united: United
         except OSError as error:
             raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from error
         if united.tokenizer is not None:
-            check_tokenizer(Path(folder), united.vocabulary)
+            # Also tokens that its files tell transformers elsewhere than in tokenizer.json keep their rows.
+            of_first = load_tokenizer(members.dense.model.path).get_vocab()
+            check_tokenizer(Path(folder), {**united.vocabulary, **of_first})
         yield Path(folder)
 
 
