@@ -21,6 +21,7 @@ ROOMS = [
     "granularity",
     "task_vector",
     "vocabulary",
+    "union",
     "lora",
     "methods",
     "merge",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,16 +23,25 @@ from tvmerge.errors import CheckpointError, ConfigError, IncompatibleError, RunE
 from tvmerge.files import check_new, local_path, staged_directory, write_text
 from tvmerge.hub import ModelId
 from tvmerge.models.device import choose_device
-from tvmerge.models.transformers import TransformersModel, load_tokenizer, unread_by_all, unread_tensors
+from tvmerge.models.transformers import (
+    TransformersModel,
+    check_tokenizer,
+    load_tokenizer,
+    unread_by_all,
+    unread_tensors,
+)
 from tvmerge.moe import Average, MixtureOfExperts
 from tvmerge.moe_config import DenseModel, find_layout, moe_config
 from tvmerge.router import GateInputs, make_gates
 from tvmerge.sources import check_whole, open_checkpoint
 from tvmerge.state_dict import DTYPES, Array, StateDict, Without
+from tvmerge.union import UnitedVocabulary, unite
 from tvmerge.vocabulary import check_same_vocabulary
 from tvmerge.writer import NotFiniteError, copy_model_files, write_weights
 
 __all__ = ["Members", "assemble"]
+
+_ONE_TOKENIZER = "use experts of one tokenizer, or --vocabulary union for the tokens of all"
 
 
 @dataclass(frozen=True)
@@ -70,8 +81,20 @@ class Members:
         """A model as its configuration tells."""
         return DenseModel(f"the {role} {model.model.name}", model.config)
 
-    def config(self, mixture: Mixture) -> dict[str, Any]:
+    def unite(self) -> UnitedVocabulary | None:
+        """The vocabulary of all of them, under the ids of `dense`; None where they share one.
+
+        Raises:
+            IncompatibleError: tokenizers that cannot be united.
+        """
+        return unite(self.models(), whose=[f"the model {model.model.name}" for model in self.models()])
+
+    def config(self, mixture: Mixture, united: UnitedVocabulary | None = None) -> dict[str, Any]:
         """The content of the mixture's config.json.
+
+        Args:
+            mixture: the YAML file.
+            united: their vocabulary, if none of them has it; without, all must have the same.
 
         Raises:
             IncompatibleError: models that do not go together, or not into a mixture.
@@ -82,12 +105,24 @@ class Members:
             base=None if self.base is None else self.describe(self.base, role="base model"),
             experts_per_token=mixture.experts_per_token,
             dtype=mixture.dtype,
+            vocabulary_size=None if united is None else united.size,
         )
         names = [f"the model {model.model.name}" for model in self.models()]
         for model, name in zip(self.models(), names, strict=True):
-            hint = "use experts of one tokenizer"
-            check_same_vocabulary(self.dense, model, reference_name=names[0], other_name=name, hint=hint)
+            if united is None:
+                check_same_vocabulary(self.dense, model, reference_name=names[0], other_name=name, hint=_ONE_TOKENIZER)
         return config
+
+    def state_dicts(self, united: UnitedVocabulary | None) -> dict[Checkpoint, StateDict]:
+        """Each of them as a mixture reads it: less what no model reads, with a row for each of its tokens.
+
+        Raises:
+            CheckpointError: transformers does not know a model.
+            IncompatibleError: a tensor that one model reads and another does not.
+        """
+        omit = unread_by_all(self.models())
+        read: list[StateDict] = [Without(model, omit) for model in self.models()]
+        return dict(zip(self.models(), read if united is None else united.complete(read), strict=True))
 
 
 def assemble(config: MoeConfig) -> None:
@@ -106,11 +141,13 @@ def assemble(config: MoeConfig) -> None:
         )
     device = choose_device(config.device)
     members = Members.open(mixture, cache_dir=config.cache_dir)
-    settings = members.config(mixture)
-    omit = unread_by_all(members.models())
-    experts = [Without(model, omit) for model in members.experts]
-    base = Average(experts) if config.moe_base == "average" else Without(members.dense, omit)
-    router = _router(mixture, members, base, settings, seed=config.gate_seed, device=device)
+    united = members.unite() if config.vocabulary == "union" else None
+    settings = members.config(mixture, united)
+    read = members.state_dicts(united)
+    experts = [read[model] for model in members.experts]
+    base = Average(experts) if config.moe_base == "average" else read[members.dense]
+    with _tokenizer_folder(members, settings, united) as tokenizer:
+        router = _router(mixture, members, base, settings, tokenizer, seed=config.gate_seed, device=device)
     state_dict = MixtureOfExperts(
         experts=experts,
         router=router,
@@ -120,12 +157,42 @@ def assemble(config: MoeConfig) -> None:
         labels=[f"the expert {model.model.name}" for model in members.experts],
     )
     with staged_directory(output) as staging:
-        _write(state_dict, settings, members, staging)
+        _write(state_dict, settings, members, united, staging)
         write_text(staging / "README.md", _card(config, mixture, members))
 
 
+@contextmanager
+def _tokenizer_folder(members: Members, settings: dict[str, Any], united: UnitedVocabulary | None) -> Iterator[Path]:
+    """A folder with the mixture's tokenizer: its giver's, or one that is here only for now, with the united one.
+
+    Raises:
+        CheckpointError: transformers reads the united tokenizer in another way.
+        RunError: the disk is full.
+    """
+    if united is None:
+        yield members.dense.model.path
+        return
+    with TemporaryDirectory() as folder:
+        try:
+            _write_files(settings, members, united, Path(folder))
+        except OSError as error:
+            raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from error
+        if united.tokenizer is not None:
+            # Also tokens that its files tell transformers elsewhere than in tokenizer.json keep their rows.
+            of_first = load_tokenizer(members.dense.model.path).get_vocab()
+            check_tokenizer(Path(folder), {**united.vocabulary, **of_first})
+        yield Path(folder)
+
+
 def _router(
-    mixture: Mixture, members: Members, base: StateDict, settings: dict[str, Any], *, seed: int, device: str
+    mixture: Mixture,
+    members: Members,
+    base: StateDict,
+    settings: dict[str, Any],
+    tokenizer: Path,
+    *,
+    seed: int,
+    device: str,
 ) -> Array:
     folder = members.dense.model.path
     if mixture.gate_mode == "uniform" and mixture.experts_per_token < len(mixture.experts):
@@ -142,8 +209,9 @@ def _router(
         return base.array(found[0])
 
     def model() -> PreTrainedModel:
-        live = TransformersModel.from_folder(folder, checkpoint=base, device=device)
-        if isinstance(base, Average):
+        size = settings["vocab_size"] if settings["vocab_size"] != members.dense.vocabulary_size else None
+        live = TransformersModel.from_folder(folder, checkpoint=base, device=device, vocabulary_size=size)
+        if not isinstance(base, Without):  # it is not what the folder holds
             live.load(base)
         return live.model
 
@@ -152,7 +220,7 @@ def _router(
         hidden=settings["hidden_size"],
         prompts=[expert.prompts for expert in mixture.experts],
         seed=seed,
-        tokenizer=lambda: load_tokenizer(folder),
+        tokenizer=lambda: load_tokenizer(tokenizer),
         embeddings=embeddings,
         model=model,
     )
@@ -164,7 +232,22 @@ def _router(
         ) from error
 
 
-def _write(state_dict: MixtureOfExperts, settings: dict[str, Any], members: Members, folder: Path) -> None:
+def _write_files(settings: dict[str, Any], members: Members, united: UnitedVocabulary | None, folder: Path) -> None:
+    """Write configuration and tokenizer."""
+    copy_model_files(members.dense.model.path, folder)
+    if united is not None:
+        united.write_tokenizer(folder)
+    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def _write(
+    state_dict: MixtureOfExperts,
+    settings: dict[str, Any],
+    members: Members,
+    united: UnitedVocabulary | None,
+    folder: Path,
+) -> None:
     """Write weights, configuration and tokenizer, and see that transformers finds a place for every tensor.
 
     Raises:
@@ -175,9 +258,7 @@ def _write(state_dict: MixtureOfExperts, settings: dict[str, Any], members: Memb
         write_weights(state_dict, folder)
         for model in members.models():
             model.check_unchanged()
-        copy_model_files(members.dense.model.path, folder)
-        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        (folder / "config.json").write_text(text, encoding="utf-8")
+        _write_files(settings, members, united, folder)
         unread = unread_tensors(Checkpoint(ModelId(name=str(folder), revision=None, path=folder)))
         assert not unread, f"{unread[0]} has no place in the mixture's class"
     except NotFiniteError as error:
@@ -217,5 +298,6 @@ def _card(config: MoeConfig, mixture: Mixture, members: Members) -> str:
 {mixture.text.strip()}
 ```
 
-`tvmerge moe` makes this model of them, with `--moe_base {config.moe_base} --gate_seed {config.gate_seed}`.
+`tvmerge moe` makes this model of them, with `--moe_base {config.moe_base} --vocabulary {config.vocabulary}
+--gate_seed {config.gate_seed}`.
 """

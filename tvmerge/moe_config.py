@@ -68,6 +68,7 @@ def moe_config(
     base: DenseModel | None = None,
     experts_per_token: int = 2,
     dtype: str | None = None,
+    vocabulary_size: int | None = None,
 ) -> dict[str, Any]:
     """The content of a mixture's config.json.
 
@@ -79,6 +80,7 @@ def moe_config(
         base: what gives attention, norms and embeddings; None for the first expert.
         experts_per_token: how many experts the router picks for a token.
         dtype: a key of DTYPES; None for that of the base.
+        vocabulary_size: rows of the vocabulary that all are brought to; None if they must have as many as they are.
 
     Raises:
         IncompatibleError: a number of experts that cannot be, experts that differ, or that hold what the class of the
@@ -92,7 +94,8 @@ def moe_config(
         )
     models = [*([base] if base is not None else []), *experts]
     layout = find_layout(models[0])
-    settings = [_settings(model) for model in models]
+    united = {} if vocabulary_size is None else {"vocab_size": vocabulary_size}
+    settings = [{**_settings(model), **united} for model in models]
     for model, other in zip(models[1:], settings[1:], strict=True):
         find_layout(model)
         _check_same(models[0], settings[0], model, other)
@@ -137,9 +140,10 @@ def _check_same(model: DenseModel, ours: Mapping[str, Any], other: DenseModel, t
         )
     for key, what in SHARED.items():
         if ours.get(key) != theirs.get(key):
+            or_union = ", or use --vocabulary union" if key == "vocab_size" else ""
             raise IncompatibleError(
                 f"{model.name} and {other.name} differ in the {what}: {key} is {ours.get(key)} in the former and "
-                f"{theirs.get(key)} in the latter: all experts must have the same"
+                f"{theirs.get(key)} in the latter: all experts must have the same{or_union}"
             )
 
 

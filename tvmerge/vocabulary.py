@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,20 @@ from tvmerge.checkpoint import Header, read_json
 from tvmerge.errors import IncompatibleError
 from tvmerge.state_dict import Array, StateDict, TensorSpec, WithTensors, deliver
 
-__all__ = ["VOCABULARIES", "Aligned", "Rows", "align_rows", "check_same_vocabulary", "vocabulary_digest"]
+__all__ = [
+    "VOCABULARIES",
+    "Aligned",
+    "Rows",
+    "align_rows",
+    "check_same_vocabulary",
+    "digest_of",
+    "read_tokenizer",
+    "row_count",
+    "shared_rows",
+    "vocabulary_digest",
+    "vocabulary_of",
+    "vocabulary_tensors",
+]
 
 #: What to do with models whose vocabularies differ.
 VOCABULARIES = ("same", "intersect", "union")
@@ -52,10 +66,22 @@ def check_same_vocabulary(
 
 def _vocabulary(folder: Path, *, added: bool = False) -> dict[str, int] | None:
     """Token → id, from tokenizer.json; with `added`, of added tokens too."""
+    content = read_tokenizer(folder)
+    return None if content is None else vocabulary_of(content, added=added)
+
+
+def read_tokenizer(folder: Path) -> dict[str, Any] | None:
+    """The content of a folder's tokenizer.json; None if there is none.
+
+    Raises:
+        CheckpointError: it is no JSON object.
+    """
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None
-    content = read_json(path)
+    return read_json(path) if path.is_file() else None
+
+
+def vocabulary_of(content: Mapping[str, Any], *, added: bool) -> dict[str, int] | None:
+    """Token → id, from the content of a tokenizer.json; with `added`, of added tokens too; None if it tells none."""
     try:
         vocabulary = content["model"]["vocab"]
         if isinstance(vocabulary, list):  # a unigram model: [token, score] pairs, in the order of their ids
@@ -70,8 +96,11 @@ def _vocabulary(folder: Path, *, added: bool = False) -> dict[str, int] | None:
 def vocabulary_digest(model: Header) -> str | None:
     """A digest of which token has which id, which decides how rows are aligned; None if no tokenizer.json tells."""
     vocabulary = _vocabulary(model.model.path, added=True)
-    if vocabulary is None:
-        return None
+    return None if vocabulary is None else digest_of(vocabulary)
+
+
+def digest_of(vocabulary: Mapping[str, int]) -> str:
+    """A digest of which token has which id."""
     return hashlib.sha256(json.dumps(sorted(vocabulary.items())).encode()).hexdigest()[:16]
 
 
@@ -103,26 +132,57 @@ def align_rows(target: Header, models: Sequence[Header], *, whose: Sequence[str]
         if vocabulary is None:
             raise IncompatibleError(f"{name}: ships no tokenizer.json to align its vocabulary by: save one with it")
         vocabularies.append(vocabulary)
-    sizes = [_rows(model, name) for model, name in zip((target, *models), ("the target model", *whose), strict=True)]
+    sizes = [
+        row_count(model, name) for model, name in zip((target, *models), ("the target model", *whose), strict=True)
+    ]
     if all(v == vocabularies[0] for v in vocabularies) and len(set(sizes)) == 1:
         return [None for _ in models]
-    found = {name for name in target.names if _is_vocabulary(name, (target, *models), sizes)}
-    # Where the vocabulary is as large as the model is wide, a norm looks like a bias.
-    matrices = {name.rpartition(".")[0] for name in found if len(target.spec(name).shape) == 2}
-    names = frozenset(name for name in found if name.rpartition(".")[0] in matrices)
+    names = vocabulary_tensors((target, *models), sizes)
     if not names:
         raise IncompatibleError("no tensor of the target model has one row for each token of its vocabulary")
-    rows = [[-1] * sizes[0] for _ in models]
-    for token, row in vocabularies[0].items():
-        theirs = [vocabulary.get(token, -1) for vocabulary in vocabularies[1:]]
-        if row < sizes[0] and all(0 <= other < size for other, size in zip(theirs, sizes[1:], strict=True)):
+    rows = shared_rows(vocabularies[0], sizes[0], vocabularies[1:], sizes[1:])
+    return [Rows(source=source, names=names) for source in rows]
+
+
+def shared_rows(
+    target: Mapping[str, int], size: int, others: Sequence[Mapping[str, int]], sizes: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """For each row of a target the rows of others, by token; -1 where one of them lacks the token or its row.
+
+    Args:
+        target: token → id.
+        size: rows of the target's vocabulary tensors.
+        others: token → id, of each of the others.
+        sizes: rows of theirs.
+    """
+    rows = [[-1] * size for _ in others]
+    for token, row in target.items():
+        theirs = [vocabulary.get(token, -1) for vocabulary in others]
+        if row < size and all(0 <= other < end for other, end in zip(theirs, sizes, strict=True)):
             for column, other in zip(rows, theirs, strict=True):
                 column[row] = other
-    return [Rows(source=tuple(column), names=names) for column in rows]
+    return [tuple(column) for column in rows]
 
 
-def _rows(model: Header, name: str) -> int:
-    """How many rows the vocabulary tensors of a model have, by its configuration."""
+def vocabulary_tensors(models: Sequence[Header], sizes: Sequence[int]) -> frozenset[str]:
+    """The tensors outside of the layers that have one row for each token in every model.
+
+    Args:
+        models: at least one.
+        sizes: how many rows the vocabulary tensors of each have.
+    """
+    found = {name for name in models[0].names if _is_vocabulary(name, models, sizes)}
+    # Where the vocabulary is as large as the model is wide, a norm looks like a bias.
+    matrices = {name.rpartition(".")[0] for name in found if len(models[0].spec(name).shape) == 2}
+    return frozenset(name for name in found if name.rpartition(".")[0] in matrices)
+
+
+def row_count(model: Header, name: str) -> int:
+    """How many rows the vocabulary tensors of a model have, by its configuration.
+
+    Raises:
+        IncompatibleError: it does not say; `name` is how to call the model.
+    """
     size = model.vocabulary_size
     if size is None:
         raise IncompatibleError(f"{name}: its config.json has no vocab_size to align its vocabulary by")

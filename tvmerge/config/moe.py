@@ -19,6 +19,7 @@ class MoeConfig:
         output_dir: folder to write the model into; it must not exist or be empty
         moe_base: what gives attention, norms and embeddings where the file names no base_model; first is the first
             expert, average the mean of all experts
+        vocabulary: what to do if tokenizers differ; same refuses, union gives each token the row of a model that has it
         gate_seed: seed of the routers that are drawn at random
         device: where the base model answers prompts for gate_mode hidden; auto, cpu, cuda, ...
         cache_dir: where models of the Hub are kept; default is the Hub's own cache
@@ -27,6 +28,7 @@ class MoeConfig:
     mixture: str
     output_dir: str
     moe_base: Literal["first", "average"] = "first"
+    vocabulary: Literal["same", "union"] = "same"
     gate_seed: int = 0
     device: str = "auto"
     cache_dir: str | None = None

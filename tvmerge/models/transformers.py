@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from tvmerge.models.conversion import find_live_tensors
 from tvmerge.models.device import DeviceWriter
 from tvmerge.state_dict import StateDict
 
-__all__ = ["TransformersModel", "load_tokenizer", "unread_by_all", "unread_tensors"]
+__all__ = ["TransformersModel", "check_tokenizer", "load_tokenizer", "unread_by_all", "unread_tensors"]
 
 
 def unread_tensors(checkpoint: Header) -> list[str]:
@@ -79,6 +79,28 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
+def check_tokenizer(folder: Path, vocabulary: Mapping[str, int]) -> None:
+    """Refuse a folder whose tokenizer, as transformers loads it, has other ids than its files are to say.
+
+    Some classes of tokenizers build themselves anew from parts of the files.
+
+    Args:
+        folder: configuration and tokenizer.
+        vocabulary: token → id.
+
+    Raises:
+        CheckpointError: with a token, or transformers cannot load it.
+    """
+    loaded = load_tokenizer(folder)
+    found = loaded.get_vocab()
+    for token, index in vocabulary.items():
+        if found.get(token) != index:
+            raise CheckpointError(
+                f"{type(loaded).__name__} of transformers gives the token {token!r} the id {found.get(token)}, not "
+                f"{index}: save the tokenizers of all models with transformers, or use models of one tokenizer"
+            )
+
+
 class TransformersModel:
     """A model and its tokenizer, whose weights are replaced in place.
 
@@ -106,7 +128,15 @@ class TransformersModel:
         self._write = None if device.type == "cpu" else DeviceWriter(device).write
 
     @classmethod
-    def from_folder(cls, folder: Path, *, checkpoint: StateDict, device: str, dtype: str = "auto") -> TransformersModel:
+    def from_folder(
+        cls,
+        folder: Path,
+        *,
+        checkpoint: StateDict,
+        device: str,
+        dtype: str = "auto",
+        vocabulary_size: int | None = None,
+    ) -> TransformersModel:
         """Load a model folder.
 
         Args:
@@ -114,6 +144,7 @@ class TransformersModel:
             checkpoint: names and specs of the tensors in its files.
             device: as torch spells it.
             dtype: as torch spells it; `auto` is the dtype that loading the folder anywhere else would give.
+            vocabulary_size: rows of the vocabulary tensors, to be filled by `load`; None for those of the folder.
 
         Raises:
             CheckpointError: transformers cannot load it, or it does not fit on the device.
@@ -125,6 +156,8 @@ class TransformersModel:
             model = _auto_class(config).from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
             )
+            if vocabulary_size is not None:
+                model.resize_token_embeddings(vocabulary_size, mean_resizing=False)
             model.to(torch.device(device)).eval()
         return cls(model, tokenizer, checkpoint)
 
