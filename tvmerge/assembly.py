@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 import yaml
-from transformers import PreTrainedModel
 
 from tvmerge.checkpoint import Checkpoint
 from tvmerge.config.mixture import Mixture
 from tvmerge.config.moe import MoeConfig
 from tvmerge.delta import all_finite
-from tvmerge.errors import CheckpointError, ConfigError, IncompatibleError, RunError
+from tvmerge.errors import CheckpointError, ConfigError, RunError
 from tvmerge.files import check_new, local_path, staged_directory, write_text
+from tvmerge.gates import make_router, mixture_folder
 from tvmerge.hub import ModelId
 from tvmerge.models.device import choose_device
-from tvmerge.models.transformers import (
-    TransformersModel,
-    check_tokenizer,
-    load_tokenizer,
-    unread_by_all,
-    unread_tensors,
-)
+from tvmerge.models.transformers import unread_by_all, unread_tensors
 from tvmerge.moe import Average, MixtureOfExperts
 from tvmerge.moe_config import DenseModel, find_layout, moe_config
-from tvmerge.router import GateInputs, make_gates
+from tvmerge.rebuild import write_mixture_files
 from tvmerge.sources import check_whole, open_checkpoint
 from tvmerge.state_dict import DTYPES, Array, StateDict, Without
 from tvmerge.union import UnitedVocabulary, unite
 from tvmerge.vocabulary import check_same_vocabulary
-from tvmerge.writer import NotFiniteError, copy_model_files, write_weights
+from tvmerge.writer import NotFiniteError, write_weights
 
 __all__ = ["Members", "assemble"]
 
@@ -146,7 +136,7 @@ def assemble(config: MoeConfig) -> None:
     read = members.state_dicts(united)
     experts = [read[model] for model in members.experts]
     base = Average(experts) if config.moe_base == "average" else read[members.dense]
-    with _tokenizer_folder(members, settings, united) as tokenizer:
+    with mixture_folder(members.dense.model.path, settings, united=united) as tokenizer:
         router = _router(mixture, members, base, settings, tokenizer, seed=config.gate_seed, device=device)
     state_dict = MixtureOfExperts(
         experts=experts,
@@ -161,29 +151,6 @@ def assemble(config: MoeConfig) -> None:
         write_text(staging / "README.md", _card(config, mixture, members))
 
 
-@contextmanager
-def _tokenizer_folder(members: Members, settings: dict[str, Any], united: UnitedVocabulary | None) -> Iterator[Path]:
-    """A folder with the mixture's tokenizer: its giver's, or one that is here only for now, with the united one.
-
-    Raises:
-        CheckpointError: transformers reads the united tokenizer in another way.
-        RunError: the disk is full.
-    """
-    if united is None:
-        yield members.dense.model.path
-        return
-    with TemporaryDirectory() as folder:
-        try:
-            _write_files(settings, members, united, Path(folder))
-        except OSError as error:
-            raise RunError(f"{folder}: cannot be written: {error.strerror or error}") from error
-        if united.tokenizer is not None:
-            # Also tokens that its files tell transformers elsewhere than in tokenizer.json keep their rows.
-            of_first = load_tokenizer(members.dense.model.path).get_vocab()
-            check_tokenizer(Path(folder), {**united.vocabulary, **of_first})
-        yield Path(folder)
-
-
 def _router(
     mixture: Mixture,
     members: Members,
@@ -194,7 +161,6 @@ def _router(
     seed: int,
     device: str,
 ) -> Array:
-    folder = members.dense.model.path
     if mixture.gate_mode == "uniform" and mixture.experts_per_token < len(mixture.experts):
         print(
             f"gate_mode uniform: the scores of all {len(mixture.experts)} experts tie, so that every token goes to the "
@@ -202,43 +168,16 @@ def _router(
             file=sys.stderr,
         )
 
-    def embeddings() -> Array:
-        found = [name for name in base.names if name.endswith("embed_tokens.weight")]
-        if not found:
-            raise IncompatibleError(f"{folder}: holds no embed_tokens.weight, which gate_mode cheap_embed is made from")
-        return base.array(found[0])
-
-    def model() -> PreTrainedModel:
-        size = settings["vocab_size"] if settings["vocab_size"] != members.dense.vocabulary_size else None
-        live = TransformersModel.from_folder(folder, checkpoint=base, device=device, vocabulary_size=size)
-        if not isinstance(base, Without):  # it is not what the folder holds
-            live.load(base)
-        return live.model
-
-    inputs = GateInputs(
-        layers=settings["num_hidden_layers"],
-        hidden=settings["hidden_size"],
+    return make_router(
+        mixture.gate_mode,
+        base=base,
+        folder=members.dense.model.path,
+        tokenizer=tokenizer,
+        config=settings,
         prompts=[expert.prompts for expert in mixture.experts],
         seed=seed,
-        tokenizer=lambda: load_tokenizer(tokenizer),
-        embeddings=embeddings,
-        model=model,
+        device=device,
     )
-    try:
-        return make_gates(mixture.gate_mode, inputs)
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            f"the base model and its prompts do not fit on {device}: shorten them or use --device cpu"
-        ) from error
-
-
-def _write_files(settings: dict[str, Any], members: Members, united: UnitedVocabulary | None, folder: Path) -> None:
-    """Write configuration and tokenizer."""
-    copy_model_files(members.dense.model.path, folder)
-    if united is not None:
-        united.write_tokenizer(folder)
-    text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def _write(
@@ -258,7 +197,7 @@ def _write(
         write_weights(state_dict, folder)
         for model in members.models():
             model.check_unchanged()
-        _write_files(settings, members, united, folder)
+        write_mixture_files(members.dense.model.path, settings, folder, united=united)
         unread = unread_tensors(Checkpoint(ModelId(name=str(folder), revision=None, path=folder)))
         assert not unread, f"{unread[0]} has no place in the mixture's class"
     except NotFiniteError as error:

@@ -20,6 +20,7 @@ from tvmerge.recipe import RECIPE_FILE, MixtureRecipe, Recipe
 from tvmerge.router import PROMPTED, drawn_gates, router_digest
 from tvmerge.sources import Sources, check_finite
 from tvmerge.state_dict import Array, StateDict
+from tvmerge.union import UnitedVocabulary
 from tvmerge.writer import NotFiniteError, copy_model_files, write_config, write_weights
 
 __all__ = [
@@ -47,7 +48,8 @@ EXPERTS_FOLDER = "experts"
 def mixture_config(sources: Sources, settings: MixtureSettings, *, dtype: str | None) -> dict[str, Any]:
     """The content of a mixture's config.json; see `moe_config`, also for what it raises."""
     experts = [DenseModel(f"the target model {target.model.name}", target.config) for target in sources.targets]
-    return moe_config(experts, experts_per_token=settings.experts_per_token, dtype=dtype)
+    size = None if sources.united is None else sources.united.size
+    return moe_config(experts, experts_per_token=settings.experts_per_token, dtype=dtype, vocabulary_size=size)
 
 
 def mixture_merge(sources: Sources, merges: Sequence[Merge], settings: MixtureSettings, router: Array) -> MixtureMerge:
@@ -57,9 +59,20 @@ def mixture_merge(sources: Sources, merges: Sequence[Merge], settings: MixtureSe
     return MixtureMerge(merges=merges, layout=layout, router=router, settings=settings, labels=labels)
 
 
-def write_mixture_files(sources: Sources, config: dict[str, Any], folder: Path) -> None:
-    """Write what a mixture's folder holds beside its weights: configuration, tokenizer, licence."""
-    copy_model_files(sources.target.model.path, folder)
+def write_mixture_files(
+    dense: Path, config: Mapping[str, Any], folder: Path, *, united: UnitedVocabulary | None
+) -> None:
+    """Write what a mixture's folder holds beside its weights: configuration, tokenizer, licence.
+
+    Args:
+        dense: the folder of the model that they are taken from.
+        config: the mixture's config.json.
+        folder: an existing folder.
+        united: the vocabulary of all experts; None where they share one.
+    """
+    copy_model_files(dense, folder)
+    if united is not None:
+        united.write_tokenizer(folder)
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
@@ -180,7 +193,7 @@ def write_model(recipe: Recipe, sources: Sources, folder: Path, *, router: Array
         sources.check_unchanged()
         if recipe.mixture is not None and router is not None:
             config = mixture_config(sources, recipe.mixture.settings(), dtype=recipe.dtype)
-            write_mixture_files(sources, config, folder)
+            write_mixture_files(sources.target.model.path, config, folder, united=sources.united)
             np.save(folder / ROUTER_FILE, router, allow_pickle=False)
         else:
             copy_model_files(sources.target.model.path, folder)

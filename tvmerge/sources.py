@@ -15,6 +15,7 @@ from tvmerge.lora import Adapter, LoraTaskVector, check_adapter_base, is_adapter
 from tvmerge.merge import Merge
 from tvmerge.state_dict import DTYPES, MERGEABLE_DTYPES, StateDict, Without, check_same_tensors
 from tvmerge.task_vector import Difference, KeptTaskVector, TaskVector
+from tvmerge.union import UnitedVocabulary, unite
 from tvmerge.vocabulary import Aligned, Rows, align_rows, check_same_vocabulary
 
 __all__ = [
@@ -60,6 +61,7 @@ class Sources:
 
     targets: Sequence[Header]  # one, or one for each expert
     tuned: Sequence[TunedModel]
+    united: UnitedVocabulary | None = None  # of the targets, where it is not that of each of them
 
     @property
     def target(self) -> Header:
@@ -76,6 +78,11 @@ class Sources:
     def whole_models(self) -> list[Header]:
         """Those that are no adapters."""
         return [model for model in self.models() if not isinstance(model, Adapter)]
+
+    def target_state_dicts(self, settings: MergeSettings) -> list[StateDict]:
+        """The targets, with a row for every token of a united vocabulary."""
+        targets: list[StateDict] = [Without(target, settings.omit) for target in self.targets]
+        return targets if self.united is None else self.united.complete(targets)
 
     def merge(self, settings: MergeSettings, *, keep: bool = False) -> Merge:
         """That of the first target; see `merges`."""
@@ -95,7 +102,7 @@ class Sources:
         for entry in self.tuned:
             vector = self.task_vector(entry, settings)
             vectors[entry.label] = KeptTaskVector(vector) if keep and isinstance(vector, Difference) else vector
-        targets = [Without(target, settings.omit) for target in self.targets]
+        targets = self.target_state_dicts(settings)
         for model, target in zip(self.targets[1:], targets[1:], strict=True):
             names = (f"the target model {self.target.model.name}", f"the target model {model.model.name}")
             check_same_tensors(targets[0], target, reference_name=names[0], other_name=names[1])
@@ -116,7 +123,7 @@ class Sources:
 
     def task_vector(self, entry: TunedModel, settings: MergeSettings) -> TaskVector:
         """The task vector of a tuned model, over the target's names and shapes."""
-        target = Without(self.target, settings.omit)
+        target = self.target_state_dicts(settings)[0]
         if isinstance(entry.tuned, Adapter):
             base = None if entry.base is None else Without(entry.base, settings.omit)
             vector = LoraTaskVector(adapter=entry.tuned, reference=target, base=base)
@@ -141,11 +148,13 @@ class Sources:
         if settings.vocabulary == "same" or entry.base is None or isinstance(entry.tuned, Adapter):
             return (None, None)
         whose = (str(entry), f"the base model {entry.base.model.name}")
+        if self.united is not None:
+            return self.united.align((entry.tuned, entry.base), whose=whose)
         return align_rows(self.target, (entry.tuned, entry.base), whose=whose)
 
     def tuned_state_dict(self, entry: TunedModel, settings: MergeSettings) -> StateDict | None:
         """A tuned model itself, to compare with; None if it is not of the target's shapes or needs an unknown base."""
-        target = Without(self.target, settings.omit)
+        target = self.target_state_dicts(settings)[0]
         if entry.base is None or any(self._rows(entry, settings)):
             return None
         base = Without(entry.base, settings.omit)
@@ -228,7 +237,9 @@ def make_sources(targets: Sequence[Header], tuned: Sequence[TunedModel], vocabul
             names = (f"the target model {targets[0].model.name}", f"the target model {other.model.name}")
             hint = "use experts of one tokenizer, or --vocabulary union for the tokens of all"
             check_same_vocabulary(targets[0], other, reference_name=names[0], other_name=names[1], hint=hint)
-    return Sources(targets=targets, tuned=tuned)
+    whose = [f"the target model {target.model.name}" for target in targets]
+    united = unite(targets, whose=whose) if vocabulary == "union" else None
+    return Sources(targets=targets, tuned=tuned, united=united)
 
 
 def check_entry(target: Header, entry: TunedModel, vocabulary: str) -> None:

@@ -156,7 +156,7 @@ class TransformersModel:
             model = _auto_class(config).from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
             )
-            if vocabulary_size is not None:
+            if vocabulary_size not in (None, model.get_input_embeddings().num_embeddings):
                 model.resize_token_embeddings(vocabulary_size, mean_resizing=False)
             model.to(torch.device(device)).eval()
         return cls(model, tokenizer, checkpoint)

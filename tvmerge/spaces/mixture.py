@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from optuna.distributions import FloatDistribution
+from transformers import PreTrainedTokenizerBase
 
 from tvmerge.config import SearchConfig
 from tvmerge.config.mixture import load_prompts
 from tvmerge.errors import StudyError
 from tvmerge.files import local_path
-from tvmerge.gates import make_router
+from tvmerge.gates import make_router, mixture_folder
 from tvmerge.mixture import MixtureMerge
-from tvmerge.models.transformers import TransformersModel, unread_by_all
+from tvmerge.models.transformers import TransformersModel, load_tokenizer, unread_by_all
 from tvmerge.moe import Average
 from tvmerge.rebuild import (
     EXPERTS_FOLDER,
@@ -26,14 +27,13 @@ from tvmerge.rebuild import (
     mixture_merge,
     router_shape,
     write_experts,
-    write_mixture_files,
     write_model,
 )
 from tvmerge.recipe import RECIPE_FILE, MixtureRecipe, Recipe, source_entries
 from tvmerge.router import PROMPTED, ExpertPrompts, drawn_gates, router_digest
 from tvmerge.sources import open_sources
 from tvmerge.spaces import Column, Proven, Space
-from tvmerge.state_dict import Array, StateDict, Without
+from tvmerge.state_dict import Array, StateDict
 from tvmerge.study import TrialResult
 from tvmerge.writer import model_files
 
@@ -105,22 +105,31 @@ class MixtureSpace(Space):
             self._mixture = self._of(self._make_router(device) if known is None else self._kept_router())
         if known not in (None, router_digest(self._mixture.router)):
             raise StudyError(f"{self._router_file}: is not the router of this study: restore it, or begin anew")
-        with tempfile.TemporaryDirectory() as folder:
-            write_mixture_files(self.sources, self._config, Path(folder))
+        with self._folder() as folder:
             first = self._mixture.at(self.uniform(0.0))
-            return TransformersModel.from_config(Path(folder), state_dict=first, device=device, dtype=self.config.dtype)
+            return TransformersModel.from_config(folder, state_dict=first, device=device, dtype=self.config.dtype)
+
+    def _folder(self) -> AbstractContextManager[Path]:
+        return mixture_folder(self.sources.target.model.path, self._config, united=self.sources.united)
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """That of the first target, or the united one."""
+        with self._folder() as folder:
+            return load_tokenizer(folder)
 
     def _make_router(self, device: str) -> Array:
-        targets = [Without(target, self.settings.omit) for target in self.sources.targets]
-        return make_router(
-            self.config.gate_mode,
-            base=Average(targets) if self.config.moe_base == "average" else targets[0],
-            folder=self.sources.target.model.path,
-            config=self._config,
-            prompts=self._prompts,
-            seed=self.config.gate_seed,
-            device=device,
-        )
+        targets = self.sources.target_state_dicts(self.settings)
+        with self._folder() as folder:
+            return make_router(
+                self.config.gate_mode,
+                base=Average(targets) if self.config.moe_base == "average" else targets[0],
+                folder=self.sources.target.model.path,
+                tokenizer=folder,
+                config=self._config,
+                prompts=self._prompts,
+                seed=self.config.gate_seed,
+                device=device,
+            )
 
     def _kept_router(self) -> Array:
         try:
@@ -153,8 +162,10 @@ class MixtureSpace(Space):
 
     def columns(self, proven: Proven, single: Column | None) -> list[Column]:
         """The targets, the tuned models, the mixtures of one weight for all, the best expert, and the best mixture."""
-        omit = self.settings.omit
-        targets = [(f"target {n}", f"target/{n}", Without(t, omit)) for n, t in enumerate(self.sources.targets, 1)]
+        # With a united vocabulary a target reads text as the mixture does, which is not how it reads alone.
+        united = " united" if self.sources.united is not None else ""
+        models = self.sources.target_state_dicts(self.settings)
+        targets = [(f"target {n}{united}", f"target/{n}", model) for n, model in enumerate(models, start=1)]
         several = len(self.sources.tuned) > 1
         tuned = [
             (entry.label if several else "tuned", f"tuned/{entry.label}" if several else "tuned", model)
