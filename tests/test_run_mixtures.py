@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TASKS, Trio, save_mistral
+from conftest import CHARACTERS, ROOT, TASKS, Trio, save_mistral, save_tokenizer
 from safetensors.torch import load_file
 from test_cli import assert_refused
 from test_run import best, trials
@@ -514,3 +514,39 @@ def test_answers_of_a_mixture_are_judged(trio: Trio, targets: list[Path], tmp_pa
     assert ((output / "scores.jsonl").read_bytes(), best(output)) == before
     checkpoint = Checkpoint(resolve(str(output / "best")))
     assert any("block_sparse_moe" in name for name in checkpoint.names)
+
+
+@pytest.mark.parametrize("base", ["first", "average"])
+def test_experts_of_other_tokenizers_are_united(
+    base: str, trio: Trio, targets: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_mistral(tmp_path / "other", seed=8, vocab_size=len(CHARACTERS) + 4)
+    save_tokenizer(other, "終" + CHARACTERS)  # a token more, and all others elsewhere
+    models = [targets[0], other]
+    refused = tmp_path / "refused"
+    capsys.readouterr()
+    assert_refused(flags(trio, models, refused), "--vocabulary union", refused, capsys)
+    output = tmp_path / "out"
+    more = ("--vocabulary", "union", "--save_experts", "--moe_base", base, "--n_trials", "8")
+    assert main(flags(trio, models, output, *more)) == 0
+    said = capsys.readouterr().out
+    assert "| target 1 united | target 2 united | MoE at 0 |" in said
+    assert_it_scores_what_the_study_says(output)
+    tokenizer = AutoTokenizer.from_pretrained(output / "best")
+    ids = tokenizer.encode("a終", add_special_tokens=False)
+    assert ids == [CHARACTERS.index("a") + 3, len(CHARACTERS) + 3]
+    made = Checkpoint(resolve(str(output / "best")))
+    weights = yaml.safe_load((output / "best" / "recipe.yaml").read_text())["weights"]
+    rows = made.read("model.embed_tokens.weight")
+    assert rows.shape[0] == len(CHARACTERS) + 4
+    # The task vector has no such token: its row is that of the only model that has it.
+    assert torch.equal(rows[-1], Checkpoint(resolve(str(other))).read("model.embed_tokens.weight")[3])
+    assert ("expert2/embed_tokens" in weights) == (base == "average")
+    rebuilt = tmp_path / "rebuilt"
+    recipe = str(output / "best" / "recipe.yaml")
+    assert main(["apply", recipe, "--output_dir", str(rebuilt), "--save_experts"]) == 0
+    assert {**tree(rebuilt), "README.md": b""} == {**tree(output / "best"), "README.md": b""}
+    second = AutoTokenizer.from_pretrained(output / "best" / "experts" / "expert2")
+    assert second.encode("終", add_special_tokens=False) == [3]
+    assert main(flags(trio, models, output, *more)) == 0
+    assert "8 of 8 trials done" in capsys.readouterr().err
