@@ -1,4 +1,4 @@
-"""Regenerates the demo from a seed: the questions, and the three tiny models."""
+"""Regenerates the demo from a seed: the questions, and the four tiny models."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import world
 from training import Pair, Trainer, make_model, make_tokenizer, save_model
+from transformers import MistralForCausalLM
 
 QUESTIONS_PER_TASK = 500
 TARGET_TASKS = ("toy_jcommonsenseqa", "toy_marc_ja")
@@ -20,6 +21,9 @@ TUNED_TASKS = ("toy_jnli", "toy_jsquad")
 LOWER_HALF = ("embed_tokens", "layers.0", "layers.1")
 UPPER_HALF = ("layers.2", "layers.3", "norm", "lm_head")
 DIALECT_LAYER = ("layers.0",)
+EXPERT_TASKS = ("toy_jcommonsenseqa", "toy_marc_ja", "toy_jsquad")
+MLPS = tuple(f"layers.{layer}.mlp" for layer in range(4))
+OUTSIDE_OF_MLPS = ("embed_tokens", *(f"layers.{layer}.self_attn" for layer in range(4)))
 
 
 class Reader:
@@ -53,6 +57,12 @@ class Reader:
             return world.draw_training_pair(rng, rng.choice(TUNED_TASKS), self.forbidden)
         return world.dialect_text(rng)
 
+    def dialect_fact(self, rng: random.Random) -> Pair:
+        """Draws what the dialect says of a thing, or in four of ten cases a review to judge, as elsewhere."""
+        if rng.random() < 0.4:
+            return world.draw_training_pair(rng, "toy_marc_ja", self.forbidden)
+        return "", world.fact_sentences(rng, world.DIALECT_THINGS, "や")
+
 
 def write_questions(folder: Path, seed: int) -> set[str]:
     """Writes one JSONL file of questions per task.
@@ -76,10 +86,10 @@ def write_questions(folder: Path, seed: int) -> set[str]:
 
 
 def make_models(folder: Path, seed: int, forbidden: set[str]) -> None:
-    """Trains the base, target and tuned models and saves them.
+    """Trains the base, target and tuned models and the second expert, and saves them.
 
     Args:
-        folder: The folder of the three model folders.
+        folder: The folder of the four model folders.
         seed: The seed of the weights and of the training texts.
         forbidden: Prompts that no model may read.
     """
@@ -93,8 +103,26 @@ def make_models(folder: Path, seed: int, forbidden: set[str]) -> None:
     tuned = copy.deepcopy(base)
     trainer.train(tuned, lambda rng: reader.lesson(rng, TUNED_TASKS), steps=500, rate=2e-3, groups=UPPER_HALF)
     trainer.train(tuned, reader.dialect, steps=150, rate=2e-3, groups=DIALECT_LAYER)
-    for name, model in (("base", base), ("target", target), ("tuned", tuned)):
+    expert = make_expert(target, Trainer(tokenizer, random.Random(f"{seed}/expert")), reader)
+    for name, model in (("base", base), ("target", target), ("tuned", tuned), ("expert", expert)):
         save_model(model, tokenizer, folder / name)
+
+
+def make_expert(target: MistralForCausalLM, trainer: Trainer, reader: Reader) -> MistralForCausalLM:
+    """Trains the second expert of a mixture: MLPs that know more than the target's, around attention that knows less.
+
+    Args:
+        target: The model that it goes on from; it is not changed.
+        trainer: One with a generator of its own, so that the other models do not depend on this one.
+        reader: Draws the texts.
+
+    Returns:
+        The expert.
+    """
+    expert = copy.deepcopy(target)
+    trainer.train(expert, lambda rng: reader.lesson(rng, EXPERT_TASKS), steps=300, rate=1e-3, groups=MLPS)
+    trainer.train(expert, reader.dialect_fact, steps=150, rate=1e-3, groups=OUTSIDE_OF_MLPS)
+    return expert
 
 
 def parse_arguments() -> Any:

@@ -17,10 +17,11 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tvmerge.config.mixture import Mixture
 from tvmerge.evaluators.tasks import load_tasks
 
 DEMO = ROOT / "demo"
-MODELS = ["base", "target", "tuned"]
+MODELS = ["base", "target", "tuned", "expert"]
 TASKS = ["toy_jcommonsenseqa", "toy_jnli", "toy_marc_ja", "toy_jsquad"]
 
 
@@ -42,6 +43,20 @@ def test_models_are_small_bfloat16_and_load_with_the_same_tokenizer(name: str) -
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() < 800_000
     assert (folder / "tokenizer.json").read_bytes() == (DEMO / "models" / "base" / "tokenizer.json").read_bytes()
+
+
+def test_the_expert_has_the_norms_and_the_head_of_the_target_and_everything_else_of_its_own() -> None:
+    target, expert = (load_file(DEMO / "models" / name / "model.safetensors") for name in ("target", "expert"))
+    same = {name for name in target if torch.equal(target[name], expert[name])}
+    assert same == {name for name in target if "norm" in name or "lm_head" in name}
+
+
+def test_the_mixture_asks_no_question_to_make_its_router() -> None:
+    prompts = {world.prompt_and_answer(task, record)[0] for task in TASKS for record in records(task)}
+    mixture = Mixture.load(DEMO / "moe.yaml")
+    assert [expert.source_model for expert in mixture.experts] == ["demo/models/target", "demo/models/expert"]
+    for expert in mixture.experts:
+        assert not prompts & set(expert.prompts.positive)
 
 
 def test_the_tokenizer_returns_every_question_as_it_was() -> None:
@@ -66,7 +81,7 @@ def test_models_are_never_trained_on_a_question(task: str) -> None:
     reader = make.Reader(prompts)
     generator = random.Random(5)
     for _ in range(3000):
-        for draw in (reader.plain, reader.dialect, lambda g: reader.lesson(g, [task])):
+        for draw in (reader.plain, reader.dialect, reader.dialect_fact, lambda g: reader.lesson(g, [task])):
             assert draw(generator)[0] not in prompts
 
 
