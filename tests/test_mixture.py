@@ -270,8 +270,13 @@ def test_a_device_holds_the_same_bits(models: dict[str, Checkpoint], base: str, 
         writer.write(state_dict, views)
         assert all(torch.equal(view, state_dict.read(name)) for name, view in views)
     # Experts share their differences: each lies there once.
-    moved = {name for merge in mixture.merges for name in merge.weights_of}
-    assert len(writer._terms) == (len(moved) if room else 0)
+    parts = [(merge, name) for merge, names in mixture.parts() for name in names]
+    moved = {
+        (merge.task_vectors[label], name)
+        for merge, name in parts
+        for label, _ in (*merge.weights_of[name], *merge.fixed(name))
+    }
+    assert set(writer._terms) == (moved if room else set())
 
 
 def test_numbers_that_are_not_those_of_the_mixture_are_refused(models: dict[str, Checkpoint]) -> None:

@@ -25,6 +25,8 @@ class Merge:
         method: a key of METHODS.
         dtype: of the merged tensors; None for that of each tensor of `like`.
         like: a state dict of the target's names and shapes that gives the dtypes; None for the target.
+        fixed: label → weight of task vectors that are not searched but added to every tensor, also to frozen ones: the
+            difference of another model and the target at 1/2 gives the mean of both.
 
     Attributes:
         weights_of: tensor name → label and weight name of each task vector that changes it, in a stable order.
@@ -41,6 +43,7 @@ class Merge:
         method: str = "task_arithmetic",
         dtype: Dtype | None = None,
         like: StateDict | None = None,
+        fixed: Mapping[str, float] | None = None,
     ) -> None:
         self.target = target
         self.task_vectors = dict(task_vectors)
@@ -48,15 +51,17 @@ class Merge:
         self.method = method
         self.dtype = dtype
         self._like = target if like is None else like
+        self.fixed_weights = dict(fixed or {})
         self._mergeable = {name for name in target.names if target.spec(name).dtype in MERGEABLE_DTYPES}
         groups = group_tensors(self._mergeable, grouping)
         weights_of: dict[str, list[tuple[str, str]]] = {}
         names: dict[str, None] = {}
-        for label, vector in self.task_vectors.items():
+        searched = {label: vector for label, vector in self.task_vectors.items() if label not in self.fixed_weights}
+        for label, vector in searched.items():
             changed = set(vector.names)
             for tensor, group in groups.items():
                 if tensor in changed:
-                    name = f"{label}/{group}" if len(self.task_vectors) > 1 else group
+                    name = f"{label}/{group}" if len(searched) > 1 else group
                     weights_of.setdefault(tensor, []).append((label, name))
                     names[name] = None
         self.weights_of: Mapping[str, Sequence[tuple[str, str]]] = weights_of
@@ -75,6 +80,10 @@ class Merge:
             different = sorted(set(weights) ^ set(self.weight_names))
             raise ValueError(f"weights are needed for the names of the merge and no others; different: {different}")
         return MergedStateDict(self, weights)
+
+    def fixed(self, name: str) -> list[tuple[str, float]]:
+        """Label and weight of each task vector of a fixed weight that moves a tensor."""
+        return [] if name not in self._mergeable else list(self.fixed_weights.items())
 
     def spec(self, name: str) -> TensorSpec:
         """Shape and dtype of a merged tensor."""
@@ -115,7 +124,8 @@ class MergedStateDict(WithTensors):
 
     def terms(self, name: str) -> list[tuple[str, float]]:
         """Label and weight of each task vector that moves a tensor at these weights."""
-        return [(label, w) for label, weight in self.merge.weights_of.get(name, ()) if (w := self._weights[weight])]
+        own = [(label, w) for label, weight in self.merge.weights_of.get(name, ()) if (w := self._weights[weight])]
+        return own + self.merge.fixed(name)
 
     def version(self, name: str) -> Hashable:
         """The merge, and the weights of this tensor."""

@@ -10,8 +10,9 @@ import numpy as np
 
 from tvmerge.errors import IncompatibleError
 from tvmerge.merge import Merge, MergedStateDict
-from tvmerge.moe import Average, Layout, MixtureOfExperts, is_mlp
+from tvmerge.moe import Layout, MixtureOfExperts, is_mlp
 from tvmerge.state_dict import Array, StateDict
+from tvmerge.task_vector import Difference
 
 __all__ = ["BASES", "GATE", "MixtureMerge", "MixtureSettings"]
 
@@ -34,8 +35,9 @@ class MixtureSettings:
 class MixtureMerge:
     """A mixture of merges, before the weights are known.
 
-    With the base `average` what is outside of the MLPs is the mean of all merges, which is a merge too: of the mean of
-    the targets at the mean of the weights, summed and rounded once.
+    With the base `average` what is outside of the MLPs is the mean of all merges, which is a merge too: the first
+    target, plus the others' differences from it, each divided by the number of experts, plus the task vectors at the
+    mean of the weights. It is summed and rounded once.
 
     Args:
         merges: one for each expert, of the same names, shapes, task vectors, grouping and dtypes.
@@ -71,13 +73,18 @@ class MixtureMerge:
         first = merges[0]
         self._average: Merge | None = None
         if settings.base == "average":
+            # A tuned model's label is the name of a folder, which holds no slash.
+            others = {
+                f"target/{n}": Difference(tuned=merge.target, base=first.target)
+                for n, merge in enumerate(merges[1:], start=2)
+            }
             self._average = Merge(
-                target=Average([merge.target for merge in merges], dtype=np.dtype(np.float32)),
-                task_vectors=first.task_vectors,
+                target=first.target,
+                task_vectors={**first.task_vectors, **others},
                 grouping=first.grouping,
                 method=first.method,
                 dtype=first.dtype,
-                like=first.target,
+                fixed=dict.fromkeys(others, 1 / len(merges)),
             )
         self._names = [self._names_of(n) for n in range(len(merges))]
         own = list(dict.fromkeys(name for names in self._names for name in names.values()))

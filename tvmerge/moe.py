@@ -263,40 +263,35 @@ class Average(WithTensors):
 
     Args:
         state_dicts: at least one.
-        dtype: of the mean of floating tensors; None for that of the first.
     """
 
-    def __init__(self, state_dicts: Sequence[StateDict], *, dtype: Dtype | None = None) -> None:
-        self.state_dicts = tuple(state_dicts)
-        self._dtype = dtype
+    def __init__(self, state_dicts: Sequence[StateDict]) -> None:
+        self._state_dicts = tuple(state_dicts)
 
     @property
     def names(self) -> Sequence[str]:
         """As in all of them, sorted."""
-        return self.state_dicts[0].names
+        return self._state_dicts[0].names
 
     def spec(self, name: str) -> TensorSpec:
-        """As in the first, but for `dtype`."""
-        spec = self.state_dicts[0].spec(name)
-        return (
-            spec if self._dtype is None or spec.dtype not in MERGEABLE_DTYPES else TensorSpec(spec.shape, self._dtype)
-        )
+        """As in the first."""
+        return self._state_dicts[0].spec(name)
 
     def array(self, name: str, *, out: Array | None = None) -> Array:
         """The mean, rounded to the dtype of `spec`."""
         spec = self.spec(name)
         if spec.dtype not in MERGEABLE_DTYPES:
-            return self.state_dicts[0].array(name, out=out)
+            return self._state_dicts[0].array(name, out=out)
         from tvmerge.delta import Delta, add_deltas, at_once  # whose compiled loops take a while to import
 
-        first, *others = (each.array(name) for each in self.state_dicts)
+        first, *others = (each.array(name) for each in self._state_dicts)
         widest = max(each.itemsize for each in (first, *others))
         total = np.empty(spec.shape, np.float32 if widest == 2 else np.float64)
         with at_once():
             add_deltas(first, [Delta(other) for other in others], [1.0] * len(others), out=total)
-        total /= len(self.state_dicts)
+        total /= len(self._state_dicts)
         return deliver(total.astype(spec.dtype, copy=False), out)
 
     def version(self, name: str) -> Hashable:
         """Those of all of them."""
-        return Average, tuple(each.version(name) for each in self.state_dicts), self.spec(name).dtype
+        return Average, tuple(each.version(name) for each in self._state_dicts), self.spec(name).dtype

@@ -19,7 +19,6 @@ from tvmerge.files import check_output, local_path
 from tvmerge.hub import describe, resolve
 from tvmerge.lora import Adapter, LoraTaskVector, is_adapter
 from tvmerge.merge import Merge
-from tvmerge.moe import Average
 from tvmerge.rebuild import mixture_config, mixture_merge, router_shape
 from tvmerge.sources import Sources, open_sources
 from tvmerge.state_dict import TensorSpec
@@ -204,9 +203,11 @@ def _traffic(sources: Sources, made: _Made) -> tuple[int, int]:
     read = 0
     kept: dict[str, int] = {}
     for merge, changed in made.parts:
-        targets = merge.target.state_dicts if isinstance(merge.target, Average) else [merge.target]
-        read += sum(target.spec(name).nbytes for target in targets for name in changed)
+        read += sum(merge.target.spec(name).nbytes for name in changed)
         for label, vector in merge.task_vectors.items():
+            if label in merge.fixed_weights:  # another target, of the same shapes
+                read += sum(merge.target.spec(name).nbytes for name in changed)
+                continue
             entry = next(entry for entry in sources.tuned if entry.label == label)
             names = set(vector.names) & set(changed)
             tuned = _stored(entry.tuned, names)

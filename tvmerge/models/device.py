@@ -166,8 +166,10 @@ def _needed(tensors: Sequence[tuple[Merge, str]]) -> float:
     counted: set[tuple[TaskVector, str]] = set()
     for merge, name in tensors:
         spec = merge.target.spec(name)
-        total += spec.nbytes if name in merge.weights_of else 0
-        for label, _ in merge.weights_of.get(name, ()):
+        if name not in merge.weights_of:
+            continue
+        total += spec.nbytes
+        for label, _ in (*merge.weights_of[name], *merge.fixed(name)):
             vector = merge.task_vectors[label]
             if (vector, name) not in counted:
                 counted.add((vector, name))
