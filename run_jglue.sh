@@ -6,9 +6,15 @@ set -euo pipefail
 source "$(dirname "$0")/setup_env.sh"
 
 # Models: a local folder, a Hub id, or id@revision. These are toys of 0.7 M parameters that come with the code.
-TARGET_MODEL=demo/models/target
+TARGET_MODEL=(demo/models/target)
 BASE_MODEL=demo/models/base
 TUNED_MODEL=(demo/models/tuned) # several: (a b:base_of_b); LoRA adapters too
+
+# Experts: 2 to 8 targets become one mixture, each plus its own weights times the task vector. Two toys, for instance:
+# TARGET_MODEL=(demo/models/target demo/models/expert)
+# GATE_MODE=hidden GATE_PROMPTS=demo/moe.yaml # or random, cheap_embed, uniform
+# MOE_BASE=first EXPERTS_PER_TOKEN=2            # or average: attention, norms, embeddings of all
+# SHARE_WEIGHTS=false SEARCH_GATE=false SAVE_EXPERTS=true
 
 # Tasks: those of TASK_DIR, those that come with tvmerge, or lm-eval's own. For real models, for instance:
 # JGLUE_TASKS=jcommonsenseqa-1.1-0.3,jnli-1.3-0.2,jsquad-1.1-0.2
@@ -30,13 +36,22 @@ BATCH_SIZE=auto                                         # requests that the mode
 CACHE_DIR="${HF_HUB_CACHE:-$HOME/.cache/huggingface/hub}" # models of the Hub
 OUTPUT_DIR=output
 
+target=(--target_model "${TARGET_MODEL[@]}")
+if [[ " $*" == *" --target_model"* ]]; then target=(); fi # also where they are numbered
 tuned=(--tuned_model "${TUNED_MODEL[@]}")
 if [[ " $*" == *" --tuned_model"* ]]; then tuned=(); fi # a second one would be added to the first
 
 python -m tvmerge jglue \
-  --target_model "$TARGET_MODEL" \
+  ${target[@]+"${target[@]}"} \
   --base_model "$BASE_MODEL" \
   ${tuned[@]+"${tuned[@]}"} \
+  ${GATE_MODE:+--gate_mode "$GATE_MODE"} \
+  ${GATE_PROMPTS:+--gate_prompts "$GATE_PROMPTS"} \
+  ${MOE_BASE:+--moe_base "$MOE_BASE"} \
+  ${EXPERTS_PER_TOKEN:+--experts_per_token "$EXPERTS_PER_TOKEN"} \
+  ${SHARE_WEIGHTS:+--share_weights "$SHARE_WEIGHTS"} \
+  ${SEARCH_GATE:+--search_gate "$SEARCH_GATE"} \
+  ${SAVE_EXPERTS:+--save_experts "$SAVE_EXPERTS"} \
   --jglue_tasks "$JGLUE_TASKS" \
   --jglue_limit "$JGLUE_LIMIT" \
   --task_dir "$TASK_DIR" \

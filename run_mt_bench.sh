@@ -6,9 +6,15 @@ set -euo pipefail
 source "$(dirname "$0")/setup_env.sh"
 
 # Models: a local folder, a Hub id, or id@revision. These are toys of 0.7 M parameters that come with the code.
-TARGET_MODEL=demo/models/target
+TARGET_MODEL=(demo/models/target)
 BASE_MODEL=demo/models/base
 TUNED_MODEL=(demo/models/tuned) # several: (a b:base_of_b); LoRA adapters too
+
+# Experts: 2 to 8 targets become one mixture, each plus its own weights times the task vector. Two toys, for instance:
+# TARGET_MODEL=(demo/models/target demo/models/expert)
+# GATE_MODE=hidden GATE_PROMPTS=demo/moe.yaml # or random, cheap_embed, uniform
+# MOE_BASE=first EXPERTS_PER_TOKEN=2            # or average: attention, norms, embeddings of all
+# SHARE_WEIGHTS=false SEARCH_GATE=false SAVE_EXPERTS=true
 
 # Questions: a folder of benchmarks/ with a question.jsonl, yours for instance.
 BENCH_NAME=toy
@@ -43,13 +49,22 @@ BATCH_SIZE=auto # answers that the model writes at a time
 CACHE_DIR=      # models of the Hub and judgments; empty: the Hub's own cache, and ~/.cache/tvmerge
 OUTPUT_DIR=output_mt_bench
 
+target=(--target_model "${TARGET_MODEL[@]}")
+if [[ " $*" == *" --target_model"* ]]; then target=(); fi # also where they are numbered
 tuned=(--tuned_model "${TUNED_MODEL[@]}")
 if [[ " $*" == *" --tuned_model"* ]]; then tuned=(); fi # a second one would be added to the first
 
 python -m tvmerge mt_bench \
-  --target_model "$TARGET_MODEL" \
+  ${target[@]+"${target[@]}"} \
   --base_model "$BASE_MODEL" \
   ${tuned[@]+"${tuned[@]}"} \
+  ${GATE_MODE:+--gate_mode "$GATE_MODE"} \
+  ${GATE_PROMPTS:+--gate_prompts "$GATE_PROMPTS"} \
+  ${MOE_BASE:+--moe_base "$MOE_BASE"} \
+  ${EXPERTS_PER_TOKEN:+--experts_per_token "$EXPERTS_PER_TOKEN"} \
+  ${SHARE_WEIGHTS:+--share_weights "$SHARE_WEIGHTS"} \
+  ${SEARCH_GATE:+--search_gate "$SEARCH_GATE"} \
+  ${SAVE_EXPERTS:+--save_experts "$SAVE_EXPERTS"} \
   --bench_name "$BENCH_NAME" \
   ${CHAT_TEMPLATE:+--chat_template "$CHAT_TEMPLATE"} \
   --max_new_token "$MAX_NEW_TOKEN" \

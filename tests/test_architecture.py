@@ -1,4 +1,4 @@
-"""The house: imports point one way, and the README's picture of the rooms is the folder's."""
+"""The house: imports point one way, and the picture of the rooms in CONTRIBUTING.md is the folder's."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_evaluators_know_no_merge_and_methods_know_torch_only() -> None:
     assert imported_rooms(ROOT / "tvmerge" / "methods.py") == {"delta", "state_dict"}
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.ja.md"])
-def test_the_readme_shows_the_rooms(name: str) -> None:
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "CONTRIBUTING.ja.md"])
+def test_the_picture_shows_the_rooms(name: str) -> None:
     shown = re.findall(r"^  (\w+)(?:\.py|/)", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert shown == ROOMS

@@ -154,6 +154,21 @@ def test_experts_are_rounded_once_to_the_dtype_of_the_first(tmp_path: Path, mode
     assert {state_dict.spec(name).dtype for name in state_dict.names} == {np.dtype(ml_dtypes.bfloat16)}
 
 
+def test_the_mean_of_three_experts_is_rounded_once(models: dict[str, Checkpoint]) -> None:
+    frozen = Grouping("uniform", freeze=("norm",))
+    mixture = merged(
+        models, MixtureSettings(base="average"), targets="abc", grouping=frozen, dtype=np.dtype(np.float32)
+    )
+    weights = numbers(mixture)
+    state_dict = mixture.at(weights)
+    for name, is_frozen in (("model.layers.1.self_attn.q_proj.weight", False), ("model.norm.weight", True)):
+        each = [
+            summed(models, t, name, 0.0 if is_frozen else weights[f"expert{n}/uniform"])
+            for n, t in enumerate("abc", start=1)
+        ]
+        np.testing.assert_allclose(state_dict.array(name), sum(each) / 3, rtol=2e-6, atol=2e-7)
+
+
 class Spied(WithTensors):
     """A state dict that writes down what is read of it."""
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-SCRIPTS = [ROOT / "perf" / name for name in ("merge.py", "jglue.py", "generation.py")]
+SCRIPTS = [ROOT / "perf" / name for name in ("merge.py", "jglue.py", "generation.py", "mixture.py")]
 
 
 def load(path: Path) -> ModuleType:
@@ -81,8 +81,15 @@ def test_answers_in_batches_are_measured_and_none_differs() -> None:
     assert found.differ == 0
 
 
+@pytest.mark.usefixtures("perf")
+def test_a_trial_of_a_mixture_is_measured(models: Path) -> None:
+    mixture = load(SCRIPTS[3])
+    assert all(ms > 0 for ms in mixture.time_trial(models, rounds=1).values())
+    assert all(ms > 0 for ms in mixture.construction(layers=2, n_experts=2, rounds=1).values())
+
+
 @pytest.mark.parametrize(
-    ("script", "flag"), list(zip(SCRIPTS, ("--mergekit", "--n_questions", "--n_prompts"), strict=True))
+    ("script", "flag"), list(zip(SCRIPTS, ("--mergekit", "--n_questions", "--n_prompts", "--rounds"), strict=True))
 )
 def test_help_says_what_can_be_measured(script: Path, flag: str) -> None:
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True)

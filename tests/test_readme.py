@@ -138,6 +138,34 @@ def test_the_third_command_finds_answers_that_a_judge_likes_better(clone: Path) 
     assert "trial-0000-heldout" in run(f"source .venv/bin/activate && {shown}", clone)
 
 
+@pytest.mark.parametrize("script", ["run_jglue.sh", "run_mt_bench.sh"])
+def test_the_scripts_take_two_experts_where_their_comments_are_taken_away(clone: Path, script: str) -> None:
+    text = (clone / script).read_text(encoding="utf-8")
+    block = re.search(r"^# Experts: .*\n((?:# .*\n)+)", text, flags=re.MULTILINE)
+    assert block is not None
+    changed = clone / f"experts_{script}"
+    changed.write_text(text.replace(block[1], re.sub("^# ", "", block[1], flags=re.MULTILINE)), encoding="utf-8")
+    changed.chmod(0o755)
+    output = clone / f"output_{script}"
+    printed = run(f"./{changed.name} --n_trials 8 --output_dir {output.name}", clone)
+    (heads,) = (line for line in printed.splitlines() if line.startswith("| task "))
+    assert [cell.strip() for cell in heads.split("|")[3:7]] == ["target 1", "target 2", "tuned", "MoE at 0"]
+    assert heads.split("|")[-2].strip() == "best MoE"
+    assert (output / "best" / "experts" / "expert2" / "recipe.yaml").exists()
+    assert "gate_mode: hidden" in (output / "config.yaml").read_text()
+    # A flag wins over the variables, here by taking away what makes a mixture.
+    refused = subprocess.run(
+        ["bash", "-c", f"./{changed.name} --target_model demo/models/target"],
+        cwd=clone,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert "is for a mixture of experts: name 2 to 8 models" in refused.stderr
+
+
 @pytest.mark.usefixtures("demo_output")
 def test_every_other_command_works(clone: Path) -> None:
     first, *others = commands(README)[3:]

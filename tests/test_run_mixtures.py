@@ -489,6 +489,10 @@ def test_a_mixture_is_planned_before_it_is_made(
     assert figures["disk: saved model"].startswith(f"{nbytes / 1e3:.1f} kB of")
     moved = nbytes - sum(tensor.nbytes for name, tensor in tensors.items() if name.endswith("gate.weight"))
     assert figures["bytes per trial"] == f"{3 * moved / 1e3:.1f} kB read, {moved / 1e3:.1f} kB written"
+    # The mean of all reads the second target's tensors too.
+    shared = moved - sum(tensor.nbytes for name, tensor in tensors.items() if "experts" in name)
+    assert main(["plan", *merge, "--moe_base", "average"]) == 0
+    assert f"{(3 * moved + shared) / 1e3:.1f} kB read, {moved / 1e3:.1f} kB written" in capsys.readouterr().out
 
 
 def test_answers_of_a_mixture_are_judged(trio: Trio, targets: list[Path], tmp_path: Path) -> None:
