@@ -260,9 +260,12 @@ def _cost_rows(
     from tvmerge.judges.estimate import ANSWER_TOKENS, JUDGE_TOKENS, Estimate, estimate
     from tvmerge.judging import prices_of
 
-    # The target, each tuned model, weight 1, the best uniform weight and the best.
-    models = len(config.tuned_models) + 4
-    parts = [(search, config.n_trials), (heldout or search, models if heldout else len(config.tuned_models))]
+    # The target, weight 1, the best uniform weight and the best; each tuned model. Of a mixture each target and the best
+    # expert too, which is found among the experts of the best mixture and of the best uniform one.
+    experts = len(config.target_models) if config.is_mixture else 0
+    parents = len(config.tuned_models) + experts
+    merges = 4 + bool(experts)
+    parts = [(search, config.n_trials + 2 * experts), (heldout or search, parents + (merges if heldout else 0))]
 
     def both(answer_tokens: int, judge_tokens: int) -> Estimate:
         total = Estimate(0, 0, 0)
