@@ -260,8 +260,8 @@ def _cost_rows(
     from tvmerge.judges.estimate import ANSWER_TOKENS, JUDGE_TOKENS, Estimate, estimate
     from tvmerge.judging import prices_of
 
-    # The target, weight 1, the best uniform weight and the best; each tuned model. Of a mixture each target too, and the
-    # best expert, which is sought among those of the best mixture and of the best uniform one.
+    # The target, weight 1, the best uniform weight and the best; each tuned model. Of a mixture each target too, and
+    # the best expert, which is sought among those of the best mixture and of the best uniform one.
     experts = len(config.target_models) if config.is_mixture else 0
     parents = len(config.tuned_models) + experts
     merges = 4 + bool(experts)

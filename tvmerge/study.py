@@ -195,7 +195,8 @@ class MergeStudy:
         """Drop the lines of no finished trial of this study; refuse if those of one are gone."""
         finished = {trial.number for trial in self._trials(TrialState.COMPLETE)}
         self.scores.keep(lambda line: not is_new and (line["trial"] is None or line["trial"] in finished))
-        lost = finished - {line["trial"] for line in self.scores.lines() if line["split"] == "search"}
+        lines = [line for line in self.scores.lines() if line["split"] == "search" and line["model"] == "merge"]
+        lost = finished - {line["trial"] for line in lines}
         if lost:
             raise StudyError(f"{self.scores.path}: lacks the scores of trial {min(lost)}: restore it, or begin anew")
 
