@@ -17,6 +17,7 @@ import yaml
 from conftest import CHARACTERS, ROOT, TASKS, Trio, save_mistral, save_tokenizer
 from safetensors.torch import load_file
 from test_cli import assert_refused
+from test_moe import save
 from test_run import best, trials
 from test_run_merges import assert_it_scores_what_the_study_says
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -554,3 +555,37 @@ def test_experts_of_other_tokenizers_are_united(
     assert second.encode("終", add_special_tokens=False) == [3]
     assert main(flags(trio, models, output, *more)) == 0
     assert "8 of 8 trials done" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "mixture"),
+    [("llama", "MixtralForCausalLM"), ("qwen2", "Qwen2MoeForCausalLM"), ("qwen3", "Qwen3MoeForCausalLM")],
+)
+def test_other_architectures_are_searched_and_saved(kind: str, mixture: str, tmp_path: Path) -> None:
+    names = ("base", "tuned", "one", "two")
+    models = {name: save(tmp_path / name, kind, seed=n, dtype=torch.bfloat16) for n, name in enumerate(names)}
+    trio = Trio(*(models[name].model.path for name in ("one", "base", "tuned")))
+    output = tmp_path / "out"
+    experts = [models[name].model.path for name in ("one", "two")]
+    assert main(flags(trio, experts, output, "--n_trials", "8", "--search_gate", "--moe_base", "average")) == 0
+    assert_it_scores_what_the_study_says(output)
+    model, info = AutoModelForCausalLM.from_pretrained(output / "best", dtype="auto", output_loading_info=True)
+    assert type(model).__name__ == mixture
+    assert not any(info.values())
+
+
+def test_eight_experts_are_searched_and_biases_are_refused(
+    trio: Trio, targets: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    more = ("--optimize_mode", "uniform", "--experts_per_token", "3", "--n_trials", "2")
+    assert main(flags(trio, [*targets, *targets, *targets[:2]], output, *more)) == 0
+    assert set(trials(output)[0][1]) == {f"expert{n}/uniform" for n in range(1, 9)}
+    biased = [
+        save(tmp_path / name, "llama", seed=n, attention_bias=True).model.path
+        for n, name in enumerate(("a", "b", "c", "d"))
+    ]
+    capsys.readouterr()
+    command = flags(Trio(biased[0], biased[1], biased[2]), [biased[0], biased[3]], tmp_path / "refused")
+    message = "has biases (attention_bias: true), which MixtralForCausalLM has no place for: use experts without"
+    assert_refused(command, message, tmp_path / "refused", capsys)
