@@ -10,6 +10,7 @@ TARGET_MODEL=(demo/models/target)
 BASE_MODEL=demo/models/base
 TUNED_MODEL=(demo/models/tuned) # several: (a b:base_of_b); LoRA adapters too
 
+GATE_MODE= GATE_PROMPTS= MOE_BASE= EXPERTS_PER_TOKEN= SHARE_WEIGHTS= SEARCH_GATE= SAVE_EXPERTS=
 # Experts: 2 to 8 targets become one mixture, each plus its own weights times the task vector. Two toys, for instance:
 # TARGET_MODEL=(demo/models/target demo/models/expert)
 # GATE_MODE=hidden GATE_PROMPTS=demo/moe.yaml # or random, cheap_embed, uniform

@@ -477,7 +477,7 @@ def test_tensors_that_do_not_fit_are_refused_whatever_the_configuration_says(tmp
     biased = InMemory(
         {"model.layers.0.mlp.up_proj.bias": torch.ones(24), **{name: one.read(name) for name in one.names}}
     )
-    with pytest.raises(IncompatibleError, match=r"up_proj\.bias of expert 0 has no place in MixtralForCausalLM"):
+    with pytest.raises(IncompatibleError, match=r"up_proj\.bias of expert 1 has no place in MixtralForCausalLM"):
         MixtureOfExperts(experts=[biased] * 2, router=random_router(one, 2), layout=LAYOUTS["mistral"])
 
 

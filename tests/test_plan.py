@@ -437,12 +437,12 @@ def test_the_judge_is_estimated_before_it_is_asked(
     tokens = (n[0] + n[1]) * (408 // 4 + 40) + n[0] * (2 + 408 // 4 + 2 * 40)
     assert found["judge reads"].startswith(f"about {tokens / 1000:.0f} k tokens")
     assert found["judge cost"].startswith(f"about ${tokens / 1000:.2f}")
-    # Of a mixture each target and the best expert are proven too; the latter is sought among two of each expert.
+    # Of a mixture each target and the best expert are proven too; the latter is sought among all.
     experts = ["--target_model", str(trio.target), str(trio.tuned)]
     assert main(["plan", *trio.flags(), *experts, *flags]) == 0
     *_, judge = tables(capsys.readouterr().out)
     found = {row["what"]: row["figure"] for row in judge}
-    assert found["judgments"].startswith(f"{21 * (10 + 4) + 9 * (2 + 1 + 5)} ")
+    assert found["judgments"].startswith(f"{21 * (10 + 2) + 9 * (2 + 1 + 5)} ")
     assert main(["plan", *trio.flags(), *flags, "--judge_price_in", "1", "--judge_price_out", "2"]) == 0
     assert main(["plan", *trio.flags(), *flags[:6], "--judge_model", "openai:m"]) == 0
     assert "unknown: give --judge_price_in" in capsys.readouterr().out

@@ -450,8 +450,8 @@ def test_settings_that_make_no_mixture_are_refused(
     ("content", "message"),
     [
         ({"experts": [{"positive_prompts": ["a"]}]}, "a list of the prompts of 2 experts, got 1"),
-        ({"experts": [{"positive_prompts": ["a"]}, {"positive_prompts": []}]}, "expert 1: positive_prompts is empty"),
-        ({"experts": [{"positive_prompts": ["a"]}, {}]}, "expert 1: the key positive_prompts is missing"),
+        ({"experts": [{"positive_prompts": ["a"]}, {"positive_prompts": []}]}, "expert 2: positive_prompts is empty"),
+        ({"experts": [{"positive_prompts": ["a"]}, {}]}, "expert 2: the key positive_prompts is missing"),
         ({"experts": [{"positive_prompts": ["a"]}, {"positive_prompts": [" "]}]}, "must be a list of text"),
         ({"experts": [{"positive_prompts": ["a"]}, {"positive_prompts": ["b"], "source_model": "c"}]}, "is c, where"),
         ({"experts": [{"positive_prompts": ["a"]}, {"positive_prompts": ["b"], "source": "c"}]}, "unknown keys"),

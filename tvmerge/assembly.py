@@ -69,7 +69,7 @@ class Members:
 
     def describe(self, model: Checkpoint, *, role: str = "expert") -> DenseModel:
         """A model as its configuration tells."""
-        return DenseModel(f"the {role} {model.model.name}", model.config)
+        return DenseModel(f"the {role} {model.model.name}", model.config, model.dtype)
 
     def unite(self) -> UnitedVocabulary | None:
         """The vocabulary of all of them, under the ids of `dense`; None where they share one.

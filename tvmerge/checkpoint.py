@@ -75,6 +75,15 @@ class Header(WithTensors):
         return read_json(self.model.path / "config.json")
 
     @property
+    def dtype(self) -> str | None:
+        """The dtype that most of the floating values have, as torch spells it; None if there are none."""
+        sizes: dict[str, int] = {}
+        for spec in self._specs.values():
+            if spec.dtype in MERGEABLE_DTYPES:
+                sizes[spec.dtype.name] = sizes.get(spec.dtype.name, 0) + spec.size
+        return max(sorted(sizes), key=lambda name: sizes[name], default=None)
+
+    @property
     def vocabulary_size(self) -> int | None:
         """Rows of the vocabulary tensors, by the configuration of the model or of its text part; None if untold."""
         text = self.config.get("text_config")

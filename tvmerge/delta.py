@@ -63,7 +63,7 @@ def add_deltas(target: Array, deltas: Sequence[Delta], weights: Sequence[float],
     Args:
         target: any shape, any floating dtype.
         deltas: of the same shape.
-        weights: one for each of them, each a float32 number.
+        weights: one for each of them; that of a single difference is a float32 number.
         out: of the same shape, any floating dtype.
 
     Returns:
@@ -98,7 +98,7 @@ def _add_one(target: Array, delta: Delta, weight: float, out: Array) -> None:
 def _add_many(target: Array, deltas: Sequence[Delta], weights: Sequence[float], out: Array) -> None:
     t, o = _flat(target), _flat(out)
     terms = [
-        (_flat(d.minuend), None if d.subtrahend is None else _flat(d.subtrahend), *_listed(d), float(np.float32(w)))
+        (_flat(d.minuend), None if d.subtrahend is None else _flat(d.subtrahend), *_listed(d), w)
         for d, w in zip(deltas, weights, strict=True)
     ]
 

@@ -18,16 +18,22 @@ __all__ = [
     "local_path",
     "remove_staged",
     "staged_directory",
+    "write_bytes",
     "write_text",
 ]
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file beside its place, flush it to the disk and rename it there."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file beside its place, flush it to the disk and rename it there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -132,11 +138,13 @@ def _finish(staging: Path) -> None:
     """Flush a staged folder to the disk, with the permissions of new files; safetensors and mkdtemp give fewer."""
     mask = os.umask(0o022)
     os.umask(mask)
-    for path in staging.iterdir():
-        path.chmod(0o666 & ~mask)
-        _flush(path)
-    staging.chmod(0o777 & ~mask)
-    _flush(staging)
+    for folder, _, files in os.walk(staging, topdown=False):
+        for name in sorted(files):
+            path = Path(folder, name)
+            path.chmod(0o666 & ~mask)
+            _flush(path)
+        Path(folder).chmod(0o777 & ~mask)
+        _flush(Path(folder))
 
 
 def _flush(path: Path) -> None:

@@ -139,7 +139,9 @@ class MixtureMerge:
         return MixtureOfExperts(experts=experts, base=base, router=router, layout=self._layout, labels=self._labels)
 
     def expert_weights(self, n: int, weights: Mapping[str, float]) -> dict[str, float]:
-        """The weights of an expert's own merge; 0 for those that do not move the mixture."""
+        """The weights of an expert's own merge; 0 for those that were not searched, as they do not move the mixture."""
+        if self._settings.share_weights:  # those of the first, who has all
+            return {name: weights[name] for name in self.merges[n].weight_names}
         return {name: weights.get(self._names[n].get(name, ""), 0.0) for name in self.merges[n].weight_names}
 
     def expert(self, n: int, weights: Mapping[str, float]) -> MergedStateDict:

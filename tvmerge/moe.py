@@ -154,7 +154,7 @@ class MixtureOfExperts(WithTensors):
         dtype: Dtype | None = None,
         labels: Sequence[str] | None = None,
     ) -> None:
-        labels = [f"expert {n}" for n in range(len(experts))] if labels is None else labels
+        labels = [f"expert {n}" for n in range(1, 1 + len(experts))] if labels is None else labels
         check_number(len(experts))
         for expert, label in zip(experts, labels, strict=True):
             check_same_tensors(experts[0], expert, reference_name=labels[0], other_name=label)
@@ -257,9 +257,10 @@ def check_number(n_experts: int) -> None:
 
 
 class Average(WithTensors):
-    """The mean of state dicts that hold the same tensors, read one at a time; integers are those of the first.
+    """The mean of state dicts that hold the same tensors, of which integers are those of the first.
 
-    Sums accumulate in float32, or in float64 where tensors are wider than 16 bits, and are rounded once, last.
+    It is the first plus the differences of the others from it, each divided by their number, rounded once, as in a
+    MixtureMerge.
 
     Args:
         state_dicts: at least one.
@@ -285,12 +286,11 @@ class Average(WithTensors):
         from tvmerge.delta import Delta, add_deltas, at_once  # whose compiled loops take a while to import
 
         first, *others = (each.array(name) for each in self._state_dicts)
-        widest = max(each.itemsize for each in (first, *others))
-        total = np.empty(spec.shape, np.float32 if widest == 2 else np.float64)
+        mean = np.empty(spec.shape, spec.dtype)
         with at_once():
-            add_deltas(first, [Delta(other) for other in others], [1.0] * len(others), out=total)
-        total /= len(self._state_dicts)
-        return deliver(total.astype(spec.dtype, copy=False), out)
+            share = 1 / len(self._state_dicts)
+            add_deltas(first, [Delta(other, first) for other in others], [share] * len(others), out=mean)
+        return deliver(mean, out)
 
     def version(self, name: str) -> Hashable:
         """Those of all of them."""

@@ -45,6 +45,7 @@ class DenseModel:
 
     name: str  # as errors call it: "expert models/ja"
     config: Mapping[str, Any]  # the content of its config.json
+    dtype: str | None = None  # of its weights, where its configuration names none
 
 
 def find_layout(model: DenseModel) -> Layout:
@@ -102,7 +103,7 @@ def moe_config(
     dense = settings[0]
     _check_biases(models[0], dense, layout)
     config = {key: dense[key] for key in KEPT if key in dense and (dense[key] is not None or key.endswith("_id"))}
-    if dtype is not None:
+    if dtype := dtype or config.get("dtype") or models[0].dtype:
         config["dtype"] = dtype
     return {
         "architectures": [layout.mixture],

@@ -14,6 +14,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from tvmerge.checkpoint import SAFETENSORS_DTYPES, Checkpoint, Header
 from tvmerge.config import PlanConfig
+from tvmerge.config.mixture import load_prompts
 from tvmerge.errors import CheckpointError, IncompatibleError, InputError
 from tvmerge.files import check_output, local_path
 from tvmerge.hub import describe, resolve
@@ -85,6 +86,8 @@ def _made(config: PlanConfig, sources: Sources, omit: Sequence[str]) -> _Made:
         merge = sources.merge(settings)
         specs = {name: merge.spec(name) for name in merge.target.names}
         return _Made(specs, [(merge, list(merge.weights_of))], merge.weight_names)
+    if config.gate_prompts is not None:
+        load_prompts(config.gate_prompts, config.target_models)
     shape = router_shape(sources, mixture_config(sources, config.mixture_settings, dtype=settings.dtype))
     router = np.zeros(shape, np.float32)
     mixture = mixture_merge(sources, sources.merges(settings), config.mixture_settings, router)
@@ -174,6 +177,7 @@ def _needs(
     moved = sum(len(names) for _, names in made.parts)
     in_memory = live + (kept if config.delta_storage == "memory" else largest)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    saved = live + sum(_stored(target, set(target.names)) for target in sources.targets) * config.save_experts
     free = _free(output)
     cache_free = _free(Path(config.cache_dir or HF_HUB_CACHE)) if missing else free
     rows = [
@@ -184,13 +188,13 @@ def _needs(
         ("checks", "architecture, names, shapes, kinds, tied tensors, vocabulary: all fit"),
         ("largest tensor", _size(largest)),
         ("memory: live model and differences", f"{_size(in_memory)} of {_size(memory)} here"),
-        ("disk: saved model", f"{_size(live)} of {_size(free)} free"),
+        ("disk: saved model", f"{_size(saved)} of {_size(free)} free"),
         ("disk: downloads", f"{_size(missing)} of {_size(cache_free)} free" if missing else "none"),
         ("bytes per trial", f"{_size(read)} read, {_size(written)} written"),
     ]
     problems = []
-    if live > free:
-        problems.append(f"{_size(live)} are needed on the disk of {output}, and {_size(free)} are free")
+    if saved > free:
+        problems.append(f"{_size(saved)} are needed on the disk of {output}, and {_size(free)} are free")
     if missing > cache_free:
         problems.append(f"{_size(missing)} are to be downloaded, and {_size(cache_free)} are free in the Hub's cache")
     if in_memory > memory:
@@ -261,11 +265,11 @@ def _cost_rows(
     from tvmerge.judging import prices_of
 
     # The target, weight 1, the best uniform weight and the best; each tuned model. Of a mixture each target too, and
-    # the best expert, which is sought among those of the best mixture and of the best uniform one.
+    # the best of its experts, each of which is asked the questions of the search.
     experts = len(config.target_models) if config.is_mixture else 0
     parents = len(config.tuned_models) + experts
     merges = 4 + bool(experts)
-    parts = [(search, config.n_trials + 2 * experts), (heldout or search, parents + (merges if heldout else 0))]
+    parts = [(search, config.n_trials + experts), (heldout or search, parents + (merges if heldout else 0))]
 
     def both(answer_tokens: int, judge_tokens: int) -> Estimate:
         total = Estimate(0, 0, 0)

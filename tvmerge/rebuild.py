@@ -47,7 +47,9 @@ EXPERTS_FOLDER = "experts"
 
 def mixture_config(sources: Sources, settings: MixtureSettings, *, dtype: str | None) -> dict[str, Any]:
     """The content of a mixture's config.json; see `moe_config`, also for what it raises."""
-    experts = [DenseModel(f"the target model {target.model.name}", target.config) for target in sources.targets]
+    experts = [
+        DenseModel(f"the target model {target.model.name}", target.config, target.dtype) for target in sources.targets
+    ]
     size = None if sources.united is None else sources.united.size
     return moe_config(experts, experts_per_token=settings.experts_per_token, dtype=dtype, vocabulary_size=size)
 

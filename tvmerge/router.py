@@ -100,7 +100,7 @@ def router_digest(router: Array) -> str:
 
 
 def _check_prompts(mode: str, prompts: Sequence[ExpertPrompts]) -> None:
-    for n, own in enumerate(prompts):
+    for n, own in enumerate(prompts, start=1):
         if not own.positive:
             raise ConfigError(f"gate_mode {mode}: expert {n} has no positive_prompts, name what it is to be used for")
         if not all(text.strip() for text in (*own.positive, *own.negative)):

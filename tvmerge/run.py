@@ -98,7 +98,9 @@ def _search(
     # A study that is there may refuse, which is said before a model is loaded. One that is not is made last.
     study = study_of() if (output / "study.db").exists() else None
     try:
-        model = space.open_model(device=device, recall=_nothing if study is None else study.recall)
+        # What a study without a finished trial recalls may be made anew.
+        recall = study.recall if study is not None and study.n_finished else _nothing
+        model = space.open_model(device=device, recall=recall)
         # Found once: another batch size would give other rounding errors.
         tokens = None if study is None else study.recall("batch_tokens")
         asked = questions.open_model(model, tokens=tokens)
@@ -265,7 +267,7 @@ class SearchRun:
         best_uniform = max(uniform, key=lambda result: (result.score, -result.number))
         best = self.study.best()
         # The best part is chosen by what the search has seen, as the best whole was.
-        singles = self.space.singles(best, best_uniform)
+        singles = self.space.singles(best)
         searched = [mean_score(self._scores(each, "search", progress), self.questions.goals) for each in singles]
         known = [n for n, score in enumerate(searched) if score is not None]
         single = singles[max(known, key=lambda n: (searched[n], -n))] if known else None

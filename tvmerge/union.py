@@ -89,6 +89,10 @@ class UnitedVocabulary:
         vocabularies, sizes = [own.vocabulary for own in known], [own.size for own in known]
         return [Rows(source, names) for source in shared_rows(self.vocabulary, self.size, vocabularies, sizes)]
 
+    def keeps(self, path: Path) -> bool:
+        """Whether `write_tokenizer` leaves a file of the first model in its place."""
+        return self.tokenizer is None or not any(path.match(pattern) for pattern in OTHER_FILES)
+
     def write_tokenizer(self, folder: Path) -> None:
         """Make the tokenizer of a folder the united one. The same models give the same bytes.
 
@@ -99,8 +103,8 @@ class UnitedVocabulary:
         """
         if self.tokenizer is None:
             return
-        for path in [path for pattern in OTHER_FILES for path in folder.glob(pattern)]:
-            path.unlink(missing_ok=True)
+        for path in [path for path in folder.iterdir() if not self.keeps(path)]:
+            path.unlink()
         write_text(folder / "tokenizer.json", self.tokenizer)
         if (folder / "tokenizer_config.json").is_file():
             config = read_json(folder / "tokenizer_config.json")
@@ -195,14 +199,11 @@ def unite(models: Sequence[Header], *, whose: Sequence[str]) -> UnitedVocabulary
         try:
             for other in differ:
                 _check_alike(known[0], other)
-            united = _united_ids(models[0], known)
-            new = _new_added_tokens(known)
+            united, new = _united_ids(models[0], known), _new_added_tokens(known)
             tokenizer = _dump(_united_tokenizer([each.content for each in known], united, new))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise IncompatibleError(
-                f"a tokenizer.json of {', '.join(whose)} is damaged, fetch it again: {reason}"
-            ) from error
+            damaged = f"a tokenizer.json of {', '.join(whose)} is damaged, fetch it again"
+            raise IncompatibleError(f"{damaged}: {type(error).__name__}: {error}") from error
         added = {united[token]: {k: v for k, v in entry.items() if k != "id"} for token, entry in new.items()}
     size = max(known[0].size, 1 + max(united.values()))
     sources = [shared_rows(united, size, [each.vocabulary], [each.size])[0] for each in known]

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from tvmerge.errors import ConfigError
+from tvmerge.files import local_path
 from tvmerge.router import GATE_MODES, PROMPTED, ExpertPrompts
 from tvmerge.state_dict import DTYPES
 
@@ -50,7 +51,7 @@ class Mixture:
         entries = content["experts"]
         if not isinstance(entries, list) or not entries:
             raise ConfigError(f"{path}: experts must be a list of source_model and prompts")
-        experts = [_expert(entry, where=f"{path}: expert {n}") for n, entry in enumerate(entries)]
+        experts = [_expert(entry, where=f"{path}: expert {n}") for n, entry in enumerate(entries, start=1)]
         values = {key: content[key] for key in _KEYS[:-1] if content.get(key) is not None}
         mixture = cls(experts=experts, text=text, **values)
         mixture._check(path)
@@ -65,7 +66,7 @@ class Mixture:
         if isinstance(self.experts_per_token, bool) or not isinstance(self.experts_per_token, int):
             raise ConfigError(f"{path}: experts_per_token must be a whole number, got {self.experts_per_token!r}")
         if self.gate_mode in PROMPTED:
-            for n, expert in enumerate(self.experts):
+            for n, expert in enumerate(self.experts, start=1):
                 if not expert.prompts.positive:
                     raise ConfigError(
                         f"{path}: expert {n} has no positive_prompts, which gate_mode {self.gate_mode} is made from: "
@@ -73,17 +74,18 @@ class Mixture:
                     )
 
 
-def load_prompts(path: Path, experts: Sequence[str]) -> list[ExpertPrompts]:
+def load_prompts(file: str, experts: Sequence[str]) -> list[ExpertPrompts]:
     """Read the prompts of experts from a file: mergekit-moe's, of which all else is left, or `experts` alone.
 
     Args:
-        path: a YAML file; `source_model` may be left out.
+        file: as --gate_prompts names it, YAML; `source_model` may be left out.
         experts: the names of the models, in the order of the file.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key, another number of experts, an expert of another name or
             without positive prompts.
     """
+    path = local_path(file, flag="--gate_prompts")
     _, content = _read(path)
     _check_keys(content, where=str(path), known=_KEYS, needed="experts")
     entries = content["experts"]
@@ -91,7 +93,7 @@ def load_prompts(path: Path, experts: Sequence[str]) -> list[ExpertPrompts]:
         found = len(entries) if isinstance(entries, list) else "none"
         raise ConfigError(f"{path}: experts must be a list of the prompts of {len(experts)} experts, got {found}")
     prompts = []
-    for n, (entry, name) in enumerate(zip(entries, experts, strict=True)):
+    for n, (entry, name) in enumerate(zip(entries, experts, strict=True), start=1):
         where = f"{path}: expert {n}"
         _check_keys(entry, where=where, known=_EXPERT_KEYS, needed="positive_prompts")
         if entry.get("source_model") not in (None, name):

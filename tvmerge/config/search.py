@@ -96,4 +96,7 @@ class SearchConfig(ExpertsConfig):
         """Every setting that a score depends on, in one spelling."""
         without = self.NOT_IDENTITY | (frozenset() if self.is_mixture else self.ONLY_MIXTURES.keys())
         same = {key: value for key, value in asdict(self).items() if key not in without}
+        if self.is_mixture and not self.gate_mode.endswith("random"):
+            same["gate_seed"] = None  # nothing is drawn
+            same["gate_mode"] = self.gate_mode.removesuffix("_last")  # another name for the same
         return {**same, "weight_groups": listed(self.weight_groups), "freeze": listed(self.freeze)}

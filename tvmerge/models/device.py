@@ -83,6 +83,7 @@ class DeviceWriter:
         self._device = device
         self._room = room
         self._merges: frozenset[Merge] = frozenset()  # those whose tensors are resident, if they fit
+        self._counted: frozenset[tuple[Merge, str]] = frozenset()  # the tensors that room was found for
         self._fits = False
         self._targets: dict[tuple[Merge, str], Tensor] = {}
         self._terms: dict[tuple[TaskVector, str], _Term] = {}  # which merges may share
@@ -97,17 +98,14 @@ class DeviceWriter:
             views: tensor name and where it goes.
         """
         todo = [(*_origin(state_dict, name), view) for name, view in views]
-        merged = [(source, name, view) for source, name, view in todo if isinstance(source, MergedStateDict)]
-        streamed = [(source, name, view) for source, name, view in todo if not isinstance(source, MergedStateDict)]
-        if self._is_resident([(source.merge, name) for source, name, _ in merged]):
+        merged = [(source.merge, name) for source, name, _ in todo if isinstance(source, MergedStateDict)]
+        if self._is_resident(merged):
             try:
-                for source, name, view in merged:
-                    self._write_resident(source, name, view)
-                merged = []
+                todo = [each for each in todo if not self._write_resident(*each)]
             except torch.OutOfMemoryError:  # there was less room than it seemed
                 self._forget(fits=False)
                 torch.cuda.empty_cache()
-        for n, (each, name, view) in enumerate([*merged, *streamed]):
+        for n, (each, name, view) in enumerate(todo):
             room = self._next_room(n, view)
             room.wait()
             filled = room.memory[: view.nbytes].view(view.dtype).view(view.shape)
@@ -131,7 +129,7 @@ class DeviceWriter:
         merges = frozenset(merge for merge, _ in tensors)
         if not merges <= self._merges:
             self._forget(fits=True)
-            self._merges = merges
+            self._merges, self._counted = merges, frozenset(tensors)
             self._fits = _needed(tensors) < (_free(self._device) - RESERVE if self._room is None else self._room)
         return self._fits
 
@@ -140,11 +138,13 @@ class DeviceWriter:
         self._terms.clear()
         self._fits = fits
 
-    def _write_resident(self, state_dict: MergedStateDict, name: str, view: Tensor) -> None:
+    def _write_resident(self, state_dict: StateDict, name: str, view: Tensor) -> bool:
+        """Fill a view from what lies on the device; false, and nothing done, if the tensor is none of those."""
+        if not isinstance(state_dict, MergedStateDict) or (state_dict.merge, name) not in self._counted:
+            return False
         merge, terms = state_dict.merge, state_dict.terms(name)
         if name not in merge.weights_of:
-            state_dict.read(name, out=view)
-            return
+            return False
         if (merge, name) not in self._targets:
             self._targets[merge, name] = as_tensor(merge.target.array(name)).to(self._device)
         for label, _ in terms:
@@ -153,6 +153,7 @@ class DeviceWriter:
                 self._terms[vector, name] = _Term.of(vector.delta(name), self._device)
         known = [(self._terms[merge.task_vectors[label], name], weight) for label, weight in terms]
         _sum(self._targets[merge, name], known, view, _torch_dtype(state_dict.spec(name)))
+        return True
 
 
 def _origin(state_dict: StateDict, name: str) -> tuple[StateDict, str]:

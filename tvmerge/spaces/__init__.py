@@ -93,7 +93,7 @@ class Space(ABC):
     def columns(self, proven: Proven, single: Column | None) -> list[Column]:
         """The models of the table, in order, the best last; `single` is the best of `singles`."""
 
-    def singles(self, best: TrialResult, uniform: TrialResult) -> list[Column]:
+    def singles(self, best: TrialResult) -> list[Column]:
         """Parts of a model that could do as well alone."""
         return []
 

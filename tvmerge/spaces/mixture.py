@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from tvmerge.config import SearchConfig
 from tvmerge.config.mixture import load_prompts
 from tvmerge.errors import StudyError
-from tvmerge.files import local_path
+from tvmerge.files import write_bytes
 from tvmerge.gates import make_router, mixture_folder
 from tvmerge.mixture import MixtureMerge
 from tvmerge.models.transformers import TransformersModel, load_tokenizer, unread_by_all
@@ -63,8 +64,7 @@ class MixtureSpace(Space):
         self._config = mixture_config(sources, self._mixture_settings, dtype=dtype)
         self._prompts = [ExpertPrompts()] * len(sources.targets)
         if config.gate_prompts is not None:
-            path = local_path(config.gate_prompts, flag="--gate_prompts")
-            self._prompts = load_prompts(path, config.target_models)
+            self._prompts = load_prompts(config.gate_prompts, config.target_models)
         omit = unread_by_all(sources.whole_models())
         super().__init__(config, sources, replace(config.merge_settings, omit=omit))
         self._merges = sources.merges(self.settings, keep=config.delta_storage == "memory")
@@ -144,21 +144,18 @@ class MixtureSpace(Space):
 
     def remember(self, keep: Callable[[str, Any], None]) -> None:
         """Keep the router in the run's folder, and its digest with the study."""
-        beside = self._router_file.with_suffix(".npy.tmp")
-        with beside.open("wb") as file:
-            np.save(file, self._mixture.router, allow_pickle=False)
-        beside.replace(self._router_file)
+        content = io.BytesIO()
+        np.save(content, self._mixture.router, allow_pickle=False)
+        write_bytes(self._router_file, content.getvalue())
         keep("router", router_digest(self._mixture.router))
 
-    def singles(self, best: TrialResult, uniform: TrialResult) -> list[Column]:
-        """Each expert of the best mixture, and of the best one of uniform weights, as a model of its own."""
-        columns = []
-        for n in range(len(self._merges)):
-            for result in (best,) if best.number == uniform.number else (best, uniform):
-                expert = self._mixture.expert(n, result.weights)
-                label = f"best expert ({n + 1})"
-                columns.append(Column(label, f"expert{n + 1}", result.number, self._mixture.alone(expert)))
-        return columns
+    def singles(self, best: TrialResult) -> list[Column]:
+        """Each expert of the best mixture, as a model of its own."""
+        experts = [self._mixture.expert(n, best.weights) for n in range(len(self._merges))]
+        return [
+            Column(f"best expert ({n})", f"expert{n}", best.number, self._mixture.alone(expert))
+            for n, expert in enumerate(experts, start=1)
+        ]
 
     def columns(self, proven: Proven, single: Column | None) -> list[Column]:
         """The targets, the tuned models, the mixtures of one weight for all, the best expert, and the best mixture."""
@@ -206,8 +203,13 @@ class MixtureSpace(Space):
     def files(self) -> list[str]:
         """Those of the first target, the router, and the experts' recipes."""
         experts = range(1, len(self._merges) + 1) if self.config.save_experts else ()
+        united = self.sources.united
         return [
-            *(path.name for path in model_files(self.sources.target.model.path)),
+            *(
+                path.name
+                for path in model_files(self.sources.target.model.path)
+                if united is None or united.keeps(path)
+            ),
             ROUTER_FILE,
             *(f"{EXPERTS_FOLDER}/expert{n}/{RECIPE_FILE}" for n in experts),
         ]
