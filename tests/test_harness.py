@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,15 @@ import lm_eval
 import pytest
 import torch
 from conftest import TASKS, Trio, save_tokenizer
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import MambaConfig, MambaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from tvmerge.checkpoint import Checkpoint
+from tvmerge.errors import RunError
 from tvmerge.evaluators import QuestionScore
-from tvmerge.evaluators.harness import HarnessModel
+from tvmerge.evaluators.harness import HarnessModel, check_numbers
 from tvmerge.evaluators.lm_eval import LmEvalEvaluator
 from tvmerge.evaluators.tasks import load_tasks
 from tvmerge.hub import resolve
@@ -107,12 +109,21 @@ def test_models_that_share_nothing_are_scored_all_the_same(kind: str, tmp_path: 
     assert scores == questions.score(harness, lambda _: None).scores
 
 
-def test_weights_that_are_no_numbers_leave_every_question_unscored(trio: Trio) -> None:
+def test_a_model_that_gives_no_numbers_to_many_questions_has_no_score(trio: Trio) -> None:
     model, questions = live(trio.target), evaluator()
     harness = HarnessModel(model, batch_size=4)
     with torch.no_grad():
         model.model.lm_head.weight.fill_(float("nan"))
-    assert {score.score for score in questions.score(harness, lambda _: None).scores} == {None}
+    with pytest.raises(RunError, match=r"90 of 90 questions got no number from the model: its values are too large"):
+        questions.score(harness, lambda _: None)
+
+
+def test_a_tenth_of_the_questions_may_lack_a_number() -> None:
+    requests = [Instance("loglikelihood", {}, ("a", "b"), 0, metadata=("task", n // 2, 1)) for n in range(40)]
+    for n_lost, is_refused in ((2, False), (3, True)):
+        answers = [(float("nan") if n < 2 * n_lost else -1.0, False) for n in range(40)]
+        with pytest.raises(RunError, match="3 of 20") if is_refused else nullcontext():
+            check_numbers({"task": [(requests, answers)]}, n_questions=20)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -161,13 +161,16 @@ def test_rows_have_length_one_and_the_first_layer_sees_embeddings(mode: str, tmp
         np.testing.assert_allclose(gates[0], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_positive_that_is_negative_too_gives_no_direction(tmp_path: Path) -> None:
+def test_positive_that_is_negative_too_gives_no_direction_and_is_refused(tmp_path: Path) -> None:
     checkpoint = save(tmp_path / "m", seed=0)
-    prompts = [ExpertPrompts(["a"], ["a"]), ExpertPrompts(["b"])]
     for mode in ("cheap_embed", "hidden"):
-        gates = make_gates(mode, inputs_of(checkpoint, prompts))
-        assert not gates[:, 0].any()
-        assert np.isfinite(gates).all()
+        for prompts, what in (
+            ([ExpertPrompts(["a"], ["a"]), ExpertPrompts(["b"])], "expert 1 rows of zeros"),
+            ([ExpertPrompts(["c"]), ExpertPrompts(["b"], ["b"])], "expert 2 rows of zeros"),
+            ([ExpertPrompts(["c"]), ExpertPrompts(["b"]), ExpertPrompts(["c"])], "experts 1 and 3 the same rows"),
+        ):
+            with pytest.raises(ConfigError, match=f"gate_mode {mode}: the prompts give {what} in every layer"):
+                make_gates(mode, inputs_of(checkpoint, prompts))
 
 
 def test_uniform_is_zeros_and_ties_go_to_the_same_experts(tmp_path: Path) -> None:
@@ -229,8 +232,8 @@ def test_a_router_is_rounded_to_the_dtype_of_the_model(tmp_path: Path) -> None:
     ("mode", "prompts", "message"),
     [
         ("hiden", PROMPTS, f"unknown gate_mode 'hiden', known are {', '.join(GATE_MODES)}"),
-        ("hidden", [*PROMPTS, ExpertPrompts()], "gate_mode hidden: expert 3 has no positive_prompts"),
-        ("cheap_embed", [*PROMPTS, ExpertPrompts([" "])], "gate_mode cheap_embed: expert 3 has an empty prompt"),
+        ("hidden", [*PROMPTS, ExpertPrompts()], "gate_mode hidden: expert 4 has no positive_prompts"),
+        ("cheap_embed", [*PROMPTS, ExpertPrompts([" "])], "gate_mode cheap_embed: expert 4 has an empty prompt"),
         ("hidden_avg", [PROMPTS[0], PROMPTS[0]], "gate_mode hidden_avg: all experts have the same prompts"),
     ],
 )

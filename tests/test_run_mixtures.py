@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from conftest import CHARACTERS, ROOT, TASKS, Trio, save_mistral, save_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import assert_refused
 from test_moe import save
 from test_run import best, trials
@@ -163,7 +163,7 @@ def test_a_temperature_that_cannot_be_and_a_damaged_router_are_refused(
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
     command = ["apply", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "out")]
     capsys.readouterr()
-    assert_refused(command, "gate/layers.1 is a temperature, which must be above 0", tmp_path / "out", capsys)
+    assert_refused(command, "gate/layers.1 is a temperature, which must be at least 0.001", tmp_path / "out", capsys)
     good = (finished / "best" / "router.npy").read_bytes()
     for damaged, message in ((good[:20], "cannot be read"), (good[:-4] + b"\0\0\0\1", "holds another router")):
         (tmp_path / "router.npy").write_bytes(damaged)
@@ -426,7 +426,7 @@ def test_experts_that_differ_are_named_side_by_side(
         (("--gate_mode", "uniform"), 3, "use --experts_per_token 3, or --gate_mode random"),
         (("--gate_mode", "best"), 2, "gate_mode"),
         (("--target_model_2", "x"), 0, "--target_model_2 without --target_model_1"),
-        (("--target_model_0", "x"), 0, "--target_model_0 without --target_model_1"),
+        (("--target_model_0", "x"), 0, "--target_model_0: count from 1"),
         (("--target_model_1", "x", "--target_model_1", "y"), 0, "--target_model_1 is given twice"),
         (("--target_model_1", "x"), 1, "--target_model and --target_model_1 are two ways"),
     ],
@@ -589,3 +589,94 @@ def test_eight_experts_are_searched_and_biases_are_refused(
     command = flags(Trio(biased[0], biased[1], biased[2]), [biased[0], biased[3]], tmp_path / "refused")
     message = "has biases (attention_bias: true), which MixtralForCausalLM has no place for: use experts without"
     assert_refused(command, message, tmp_path / "refused", capsys)
+
+
+def test_experts_can_be_entered_by_everybody_and_are_mended_where_they_are_damaged(
+    finished: Path, trio: Trio, targets: list[Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    expected = tree(output / "best")
+    for folder in ("experts", "experts/expert1", "experts/expert2"):
+        assert (finished / "best" / folder).stat().st_mode & 0o555 == 0o555
+    command = flags(trio, targets[:2], output, "--save_experts", "--search_gate")
+    for damaged in (
+        "experts/expert2/model.safetensors",
+        "experts/expert1/recipe.yaml",
+        "experts/expert2/config.json",
+        "router.npy",
+    ):
+        for content in (None, b"junk"):
+            if content is not None and damaged.endswith("config.json"):
+                continue
+            (output / "best" / damaged).unlink()
+            if content is not None:
+                (output / "best" / damaged).write_bytes(content)
+            assert main(command) == 0
+            assert tree(output / "best") == expected
+
+
+def test_shared_weights_are_those_of_every_expert(trio: Trio, targets: list[Path], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    more = ("--share_weights", "--save_experts", "--optimize_mode", "parameter")
+    assert main(flags(trio, targets[:2], output, *more)) == 0
+    weights = yaml.safe_load((output / "best" / "recipe.yaml").read_text())["weights"]
+    for n in (1, 2):
+        own = yaml.safe_load((output / "best" / "experts" / f"expert{n}" / "recipe.yaml").read_text())
+        assert own["weights"] == weights
+        assert "q_proj" in weights
+
+
+def test_configurations_without_a_dtype_are_searched_in_that_of_their_weights(
+    trio: Trio, targets: list[Path], tmp_path: Path
+) -> None:
+    models = [shutil.copytree(target, tmp_path / f"t{n}") for n, target in enumerate(targets[:2])]
+    for model in models:
+        config = json.loads((model / "config.json").read_text())
+        config.pop("dtype")
+        (model / "config.json").write_text(json.dumps(config))
+    assert main(flags(trio, models, tmp_path / "out", "--n_trials", "2")) == 0
+    assert json.loads((tmp_path / "out" / "best" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert_it_scores_what_the_study_says(tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", ["up_proj", "down_proj"])
+def test_a_mixture_that_is_infinite_in_its_dtype_is_no_best(
+    where: str, trio: Trio, targets: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half of the tokens would never see it, and the others' questions would have no score."""
+    wide = tmp_path / "wide"
+    shutil.copytree(targets[1], wide)
+    weights = {name: tensor.float() for name, tensor in load_file(wide / "model.safetensors").items()}
+    weights[f"model.layers.1.mlp.{where}.weight"] *= 1e6
+    save_file(weights, wide / "model.safetensors", metadata={"format": "pt"})
+    output = tmp_path / "out"
+    command = flags(trio, [targets[0], wide], output, "--dtype", "float16", "--experts_per_token", "1")
+    assert main(command) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "has values that float16 cannot hold: use --dtype bfloat16 or float32" in error
+    assert not (output / "best").exists()
+
+
+def test_prompts_that_give_experts_the_same_rows_are_refused(
+    trio: Trio, targets: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for mode, prompts in {
+        "hidden": [["Ω"], ["Ψ"]],
+        "cheap_embed": [["ab"], ["ba"]],
+        "hidden_avg": [["a", "Ω"], ["a", "Ψ"]],
+    }.items():
+        path = tmp_path / "prompts.yaml"
+        path.write_text(yaml.safe_dump({"experts": [{"positive_prompts": own} for own in prompts]}))
+        capsys.readouterr()
+        command = flags(trio, targets[:2], tmp_path / "out", "--gate_mode", mode, "--gate_prompts", str(path))
+        assert_refused(
+            command, "the prompts give experts 1 and 2 the same rows in every layer", tmp_path / "out", capsys
+        )
+    path.write_text(
+        yaml.safe_dump(
+            {"experts": [{"positive_prompts": ["a"], "negative_prompts": ["a"]}, {"positive_prompts": ["b"]}]}
+        )
+    )
+    command = flags(trio, targets[:2], tmp_path / "out", "--gate_mode", "hidden", "--gate_prompts", str(path))
+    assert_refused(command, "the prompts give expert 1 rows of zeros in every layer", tmp_path / "out", capsys)

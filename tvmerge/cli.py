@@ -209,9 +209,8 @@ def _joined_targets(arguments: Sequence[str]) -> list[str]:
     numbered = {number: name for number, name in numbered.items() if name}  # scripts leave unused ones empty
     missing = [number for number in range(1, max(numbered, default=0) + 1) if number not in numbered]
     if missing or 0 in numbered:
-        raise ConfigError(
-            f"--target_model_{max(numbered)} without --target_model_{min(missing, default=1)}: count from 1"
-        )
+        without = f" without --target_model_{missing[0]}" if missing else ""
+        raise ConfigError(f"--target_model_{max(numbered) if missing else 0}{without}: count from 1")
     if numbered and any(argument.partition("=")[0] == "--target_model" for argument in rest):
         raise ConfigError("--target_model and --target_model_1 are two ways to say the same: use one of them")
     return [*rest, *(["--target_model", *(numbered[n] for n in sorted(numbered))] if numbered else [])]

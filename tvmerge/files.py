@@ -72,10 +72,13 @@ def staged_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def remove_staged(directory: Path, name: str) -> None:
-    """Remove what a kill left of `staged_directory(directory / name)`. No other process may be at work there."""
+    """Remove what a kill left of a folder or a file that was being written. No other process may be at work there."""
     for leftover in directory.iterdir():
         if leftover.name.startswith(f".{name}.") and leftover.name.endswith(".tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def local_path(text: str, *, flag: str) -> Path:
@@ -85,7 +88,7 @@ def local_path(text: str, *, flag: str) -> Path:
         ConfigError: it is empty, or `~` is of a user who is not here.
     """
     if not text.strip():
-        raise ConfigError(f"{flag} is empty, name a folder")
+        raise ConfigError(f"{flag} is empty, name a path")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

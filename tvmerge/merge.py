@@ -111,7 +111,8 @@ class MergedStateDict(WithTensors):
         """The merged tensor: accumulated in float64, rounded once to the dtype of `spec`, then to that of `out`."""
         spec, target, terms = self.spec(name), self.merge.target.array(name), self.terms(name)
         if not terms:
-            return deliver(target.astype(spec.dtype, copy=False), out)
+            with np.errstate(over="ignore"):  # infinity is found where it counts
+                return deliver(target.astype(spec.dtype, copy=False), out)
         deltas = [self.merge.task_vectors[label].delta(name) for label, _ in terms]
         method, weights = METHODS[self.merge.method], [w for _, w in terms]
         if out is not None and out.dtype == spec.dtype:

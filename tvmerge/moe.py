@@ -97,7 +97,8 @@ class _Part:
     def array(self, out: Array | None) -> Array:
         if self.dtype == self.source.spec(self.name).dtype:
             return self.source.array(self.name, out=out)
-        return deliver(self.source.array(self.name).astype(self.dtype), out)
+        with np.errstate(over="ignore"):  # infinity is found where it counts
+            return deliver(self.source.array(self.name).astype(self.dtype), out)
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,10 @@ class MixtureOfExperts(WithTensors):
             for n, expert in enumerate(self.experts):
                 own = f"{found['layer']}{self.layout.block}.experts.{n}.{inside}.weight"
                 self._parts[own] = _Part(expert, name, dtype)
+        for _, prefix in sorted(layers):
+            for projection, inside in self.layout.projections.items():
+                if f"{prefix}{self.layout.block}.experts.0.{inside}.weight" not in self._parts:
+                    raise IncompatibleError(f"{label} lacks {prefix}mlp.{projection}.weight: use whole models")
         return {prefix: layers[number, prefix] for number, prefix in sorted(layers)}
 
     def _place_router(self, layers: Mapping[str, Dtype], router: Array) -> None:

@@ -41,6 +41,8 @@ __all__ = [
 
 #: The router's values, beside the recipe of a mixture: (layers, experts, hidden), float32.
 ROUTER_FILE = "router.npy"
+#: A search does not come near it; with less a router's scores could be infinite.
+LEAST_TEMPERATURE = 1e-3
 #: Where the experts of a mixture lie, in its folder.
 EXPERTS_FOLDER = "experts"
 
@@ -103,7 +105,7 @@ def load_router(folder: Path, mixture: MixtureRecipe, shape: tuple[int, int, int
             raise RecipeError(f"{path}: no such file, which holds the router: keep it beside the recipe") from None
         router = drawn_gates(mixture.gate_mode, shape, seed=mixture.gate_seed)
     except (OSError, ValueError, EOFError) as error:
-        raise RecipeError(f"{path}: cannot be read ({' '.join(str(error).split())}): restore it") from error
+        raise RecipeError(f"{path}: cannot be read as an array: restore it") from error
     if router.shape != shape or router.dtype != np.float32 or router_digest(router) != mixture.router:
         raise RecipeError(f"{path}: holds another router than that of the recipe: restore it")
     return router
@@ -128,8 +130,11 @@ def rebuild(recipe: Recipe, sources: Sources, *, router: Array | None = None) ->
     assert router is not None, "a mixture has one"
     mixture = mixture_merge(sources, sources.merges(recipe.settings()), recipe.mixture.settings(), router)
     _check_names(recipe, [*mixture.weight_names, *mixture.gate_names])
-    if low := [name for name in mixture.gate_names if recipe.weights[name] <= 0]:
-        raise RecipeError(f"the recipe's {low[0]} is a temperature, which must be above 0: {recipe.weights[low[0]]}")
+    if low := [name for name in mixture.gate_names if recipe.weights[name] < LEAST_TEMPERATURE]:
+        raise RecipeError(
+            f"the recipe's {low[0]} is a temperature, which must be at least {LEAST_TEMPERATURE}: "
+            f"{recipe.weights[low[0]]}"
+        )
     return mixture.at(recipe.weights)
 
 

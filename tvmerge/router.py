@@ -64,7 +64,8 @@ def make_gates(mode: str, inputs: GateInputs) -> Array:
         `(layers, experts, hidden)`, float32.
 
     Raises:
-        ConfigError: an unknown mode, or prompts that are missing, empty or the same for all experts.
+        ConfigError: an unknown mode, or prompts that are missing, empty, or the same for experts as far as the router
+            can tell.
     """
     if mode not in GATE_MODES:
         raise ConfigError(f"unknown gate_mode {mode!r}, known are {', '.join(GATE_MODES)}")
@@ -72,7 +73,21 @@ def make_gates(mode: str, inputs: GateInputs) -> Array:
         _check_prompts(mode, inputs.prompts)
     gates = GATE_MODES[mode](inputs)
     assert gates.shape == inputs.shape, "each mode gives each expert of each layer a row"
+    if mode in PROMPTED:
+        _check_rows(mode, gates)
     return gates.astype(np.float32)
+
+
+def _check_rows(mode: str, gates: Array) -> None:
+    """Refuse a router that cannot tell experts apart. In a single layer two rows may well be the same."""
+    for n in range(gates.shape[1]):
+        twins = [m + 1 for m in range(n) if np.array_equal(gates[:, m], gates[:, n])]
+        if twins or not gates[:, n].any():
+            what = f"experts {twins[0]} and {n + 1} the same rows" if twins else f"expert {n + 1} rows of zeros"
+            raise ConfigError(
+                f"gate_mode {mode}: the prompts give {what} in every layer, so that the router cannot tell them apart: "
+                "write prompts of other words, which the tokenizer knows"
+            )
 
 
 def drawn_gates(mode: str, shape: tuple[int, int, int], *, seed: int) -> Array:

@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from tvmerge.checkpoint import Checkpoint
 from tvmerge.config import JglueConfig, MtBenchConfig, SearchConfig
 from tvmerge.errors import CheckpointError, RecipeError, RunError, TvmergeError
 from tvmerge.evaluators import (
@@ -26,14 +25,13 @@ from tvmerge.evaluators import (
     task_scores,
 )
 from tvmerge.files import check_output, local_path, remove_staged, staged_directory, write_text
-from tvmerge.hub import ModelId
 from tvmerge.judging import open_judged, trial_name
 from tvmerge.models.device import choose_device
 from tvmerge.models.transformers import TransformersModel
 from tvmerge.progress import RunProgress
 from tvmerge.questions import ask_questions, open_tasks
-from tvmerge.rebuild import library_versions
-from tvmerge.recipe import RECIPE_FILE, Recipe
+from tvmerge.rebuild import ROUTER_FILE, library_versions
+from tvmerge.recipe import Recipe
 from tvmerge.report import Candidate, model_card, score_table, verdict
 from tvmerge.search import uniform_weights
 from tvmerge.spaces import Column, Proven, Space
@@ -107,7 +105,8 @@ def _search(
         study = study or study_of()
         if not study.n_finished:
             space.remember(study.remember)
-        remove_staged(output, "best")
+        for name in ("best", "scores.jsonl", "config.yaml", ROUTER_FILE):
+            remove_staged(output, name)
         resolved = {**asdict(config), "n_trials": max(config.n_trials, study.n_finished)}
         write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
         SearchRun(config, output, space, study, model, asked, questions).run()
@@ -284,7 +283,7 @@ class SearchRun:
         words = f"{self.questions.explanation}\n\n{words}".strip()
         recipe = self._recipe(best, candidates[-1].scores)
         output = self.output / "best"
-        if not _is_written(recipe, output, ["README.md", *self.space.files()]):
+        if not _is_written(self.space, recipe, output):
             with staged_directory(output, replace=True) as staging:
                 self.space.write(recipe, staging)
                 card = model_card(recipe, table=table, verdict_text=words, weights=best.weights)
@@ -326,10 +325,9 @@ def _remarks(facts: Mapping[str, Any], cost: str) -> list[str]:
     return remarks + ([f"repeats {facts['judge_spread']:.2f} apart"] if "judge_spread" in facts else [])
 
 
-def _is_written(recipe: Recipe, folder: Path, needed: Sequence[str]) -> bool:
+def _is_written(space: Space, recipe: Recipe, folder: Path) -> bool:
     """Whether a folder, which appears whole or not at all, holds the model of this recipe."""
     try:
-        Checkpoint(ModelId(name=str(folder), revision=None, path=folder))
-        return Recipe.load(folder / RECIPE_FILE) == recipe and all((folder / name).is_file() for name in needed)
+        return space.is_whole(recipe, folder) and (folder / "README.md").is_file()
     except (CheckpointError, RecipeError):
         return False

@@ -164,7 +164,8 @@ def deliver(value: Array, out: Array | None) -> Array:
     """Finish an `array`: the value itself, or `out` filled with it."""
     if out is None:
         return value
-    np.copyto(out, value, casting="unsafe")
+    with np.errstate(over="ignore"):  # infinity is found where it counts
+        np.copyto(out, value, casting="unsafe")
     return out
 
 

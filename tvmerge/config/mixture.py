@@ -96,7 +96,7 @@ def load_prompts(file: str, experts: Sequence[str]) -> list[ExpertPrompts]:
     for n, (entry, name) in enumerate(zip(entries, experts, strict=True), start=1):
         where = f"{path}: expert {n}"
         _check_keys(entry, where=where, known=_EXPERT_KEYS, needed="positive_prompts")
-        if entry.get("source_model") not in (None, name):
+        if entry.get("source_model") is not None and _folder(entry["source_model"]) != _folder(name):
             raise ConfigError(
                 f"{where}: source_model is {entry['source_model']}, where --target_model has {name}: give both in the "
                 "same order, or leave it out"
@@ -105,6 +105,11 @@ def load_prompts(file: str, experts: Sequence[str]) -> list[ExpertPrompts]:
         if not prompts[-1].positive:
             raise ConfigError(f"{where}: positive_prompts is empty, write what the expert is for")
     return prompts
+
+
+def _folder(name: Any) -> str:
+    """A model's name, in one spelling of the same path."""
+    return str(Path(str(name)))
 
 
 def _read(path: Path) -> tuple[str, Any]:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tvmerge.models.transformers import TransformersModel
 
 __all__ = [
+    "MAX_UNSCORED",
     "Evaluator",
     "Goals",
     "Progress",
@@ -25,6 +26,9 @@ __all__ = [
     "task_shares",
     "unscored_questions",
 ]
+
+#: Greatest share of questions without a score with which a model has a score.
+MAX_UNSCORED = 0.1
 
 #: Called with the number of questions that have just been done.
 Progress = Callable[[int], None]

@@ -6,24 +6,27 @@ Texts become tokens as lm-eval makes them. What it then does with the model is d
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from tvmerge.errors import TaskError
+from tvmerge.errors import RunError, TaskError
+from tvmerge.evaluators import MAX_UNSCORED
 from tvmerge.evaluators.tasks import one_line
 from tvmerge.models.batching import START_TOKENS, TokenBudget
 from tvmerge.models.generation import GenerationRequest, PreparedGeneration, can_generate_here
 from tvmerge.models.likelihood import PackedLikelihoods, longest_row, shares_prefixes
 from tvmerge.models.transformers import TransformersModel
 
-__all__ = ["Answers", "HarnessModel"]
+__all__ = ["Answers", "HarnessModel", "check_numbers", "is_none"]
 
 #: Told the indices of the requests that have just been answered.
 Done = Callable[[Sequence[int]], None]
@@ -233,3 +236,35 @@ def _each(make: Callable[..., _Made], instances: Sequence[Instance]) -> list[_Ma
 def _short(text: str) -> str:
     """The end of a text, which is where a question is."""
     return repr(text if len(text) <= 40 else f"...{text[-40:]}")
+
+
+def is_none(answer: Any) -> bool:
+    """Whether a model has no answer: of likelihoods that are no numbers lm-eval takes the first as the greatest."""
+    likelihood = answer[0] if isinstance(answer, tuple) else answer
+    return answer is None or (isinstance(likelihood, (float, np.floating)) and math.isnan(likelihood))
+
+
+def check_numbers(
+    answered: Mapping[str, Iterable[tuple[Sequence[Instance], Sequence[Any]]]], *, n_questions: int
+) -> None:
+    """Refuse a model that is broken for many questions: by the others alone it could be the best.
+
+    Args:
+        answered: task → requests, and the model's answers to them.
+        n_questions: how many there are in all.
+
+    Raises:
+        RunError: with the number of questions.
+    """
+    lost = {
+        (task, instance.doc_id)
+        for task, parts in answered.items()
+        for instances, answers in parts
+        for instance, answer in zip(instances, answers, strict=True)
+        if is_none(answer)
+    }
+    if len(lost) > MAX_UNSCORED * n_questions:
+        raise RunError(
+            f"{len(lost)} of {n_questions} questions got no number from the model: its values are too large for its "
+            "dtype, use smaller weights, or --dtype bfloat16 or float32"
+        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +21,9 @@ from lm_eval.api.task import ConfigurableTask
 from transformers import PreTrainedTokenizerBase
 
 from tvmerge.errors import RunError, TaskError
-from tvmerge.evaluators import Progress, QuestionScore, Scored
+from tvmerge.evaluators import Progress, QuestionScore, Scored, unscored_questions
 from tvmerge.evaluators.choices import NotPlainError, PlainChoices, is_plain_choice
-from tvmerge.evaluators.harness import Answers, HarnessModel
+from tvmerge.evaluators.harness import Answers, HarnessModel, check_numbers, is_none
 from tvmerge.evaluators.measure import Measure, choose_measure
 from tvmerge.evaluators.tasks import FEWSHOT_SEED, LoadedTask, one_line
 
@@ -256,18 +255,20 @@ class LmEvalEvaluator:
             name: of the model; nothing but scores is kept here.
 
         Raises:
-            RunError: a task's own code failed on an answer.
+            RunError: a task's own code failed on an answer, or the model gives NaN to too many questions.
             TaskError: a task's metric gives no score to a question.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(FEWSHOT_SEED + self._seed)
             answers = self._answer(model, progress)
+        check_numbers(answers, n_questions=self.n_questions)
         scores = []
         for name, questions in self._questions.items():
             values = self._values(name, answers[name])
             scores += [QuestionScore(name, question.index, v) for question, v in zip(questions, values, strict=True)]
         self.is_checked = True
-        return Scored(scores)
+        n, of = unscored_questions(scores)
+        return Scored(scores, {"unscored": n / of} if n else {})
 
     def _answer(self, model: HarnessModel, progress: Progress) -> dict[str, list[_Answered]]:
         """The model's answers to the requests of each task."""
@@ -299,7 +300,7 @@ class LmEvalEvaluator:
             instance.resps, instance.filtered_resps = [], {}
         for instance, answer in pairs:
             instance.resps.append("" if answer is None else answer)
-        unanswered = {id(instance) for instance, answer in pairs if _is_none(answer)}
+        unanswered = {id(instance) for instance, answer in pairs if is_none(answer)}
         instances = [instance for question in questions for instance in question.requests]
         self._filter(name).apply(instances)
         items: list[Any] = []
@@ -374,9 +375,3 @@ def _has_own_results(task: Any) -> bool:
     plain = isinstance(task, ConfigurableTask) and type(task).process_results is ConfigurableTask.process_results
     own_metric = any(callable(each["metric"]) for each in task.get_config("metric_list") or [])
     return not plain or own_metric or callable(task.config.process_results)
-
-
-def _is_none(answer: Any) -> bool:
-    """Whether a model has no answer: of likelihoods that are no numbers lm-eval takes the first as the greatest."""
-    likelihood = answer[0] if isinstance(answer, tuple) else answer
-    return answer is None or (isinstance(likelihood, float) and math.isnan(likelihood))

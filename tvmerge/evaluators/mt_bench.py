@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tvmerge.errors import RunError, StopError
-from tvmerge.evaluators import Progress, QuestionScore, Scored, unscored_questions
+from tvmerge.evaluators import MAX_UNSCORED, Progress, QuestionScore, Scored, unscored_questions
 from tvmerge.evaluators.bench import Bench
 from tvmerge.evaluators.fastchat import FastChatFiles, Rated, Talk
 from tvmerge.judges import Judge, Judgment
@@ -75,7 +75,7 @@ class MtBenchEvaluator:
         questions: Sequence[int],
         judge: Judge,
         asking: Asking | None = None,
-        max_unscored: float = 0.1,
+        max_unscored: float = MAX_UNSCORED,
         files: FastChatFiles | None = None,
         meter: Meter | None = None,
     ) -> None:

@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from tvmerge.checkpoint import Header
-from tvmerge.errors import CheckpointError, IncompatibleError
+from tvmerge.errors import CheckpointError, IncompatibleError, RunError
 from tvmerge.models.conversion import find_live_tensors
 from tvmerge.models.device import DeviceWriter
 from tvmerge.state_dict import StateDict
@@ -195,9 +195,17 @@ class TransformersModel:
 
         Args:
             state_dict: all tensors of the model, spelled as in its checkpoint.
+
+        Raises:
+            RunError: values that float16, whose greatest is 65,504, cannot hold. Other dtypes are not looked at.
         """
+        before = dict(self._loaded)
         with torch.no_grad():
             self._live.fill(state_dict, self._loaded, write=self._write)
+            for name, view in self._live.views.items():
+                if view.dtype == torch.float16 and before.get(name) != self._loaded[name] and not view.isfinite().all():
+                    self.forget()
+                    raise RunError(f"{name} has values that float16 cannot hold: use --dtype bfloat16 or float32")
 
     def move(self, device: str) -> None:
         """Put the model on another device, as it is.

@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from tvmerge.checkpoint import Checkpoint, Header
 from tvmerge.config import SearchConfig
+from tvmerge.hub import ModelId
 from tvmerge.models.transformers import TransformersModel, load_tokenizer
-from tvmerge.recipe import Recipe, source_entries
+from tvmerge.recipe import RECIPE_FILE, Recipe, source_entries
 from tvmerge.sources import MergeSettings, Sources, check_finite
 from tvmerge.state_dict import StateDict
 from tvmerge.study import TrialResult
@@ -112,6 +113,17 @@ class Space(ABC):
     @abstractmethod
     def files(self) -> list[str]:
         """Names of what `write` writes beside weights and recipe."""
+
+    def is_whole(self, recipe: Recipe, folder: Path) -> bool:
+        """Whether a folder holds all that `write` writes for this recipe.
+
+        Raises:
+            CheckpointError: weights are missing or damaged.
+            RecipeError: a recipe, or what belongs to it, is.
+        """
+        Checkpoint(ModelId(name=str(folder), revision=None, path=folder))
+        same = Recipe.load(folder / RECIPE_FILE) == recipe
+        return same and all((folder / name).is_file() for name in self.files())
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """That of every model of the space."""

@@ -13,17 +13,21 @@ import numpy as np
 from optuna.distributions import FloatDistribution
 from transformers import PreTrainedTokenizerBase
 
+from tvmerge.checkpoint import Checkpoint
 from tvmerge.config import SearchConfig
 from tvmerge.config.mixture import load_prompts
 from tvmerge.errors import StudyError
 from tvmerge.files import write_bytes
 from tvmerge.gates import make_router, mixture_folder
+from tvmerge.hub import ModelId
 from tvmerge.mixture import MixtureMerge
 from tvmerge.models.transformers import TransformersModel, load_tokenizer, unread_by_all
 from tvmerge.moe import Average
 from tvmerge.rebuild import (
     EXPERTS_FOLDER,
     ROUTER_FILE,
+    expert_recipes,
+    load_router,
     mixture_config,
     mixture_merge,
     router_shape,
@@ -151,9 +155,10 @@ class MixtureSpace(Space):
 
     def singles(self, best: TrialResult) -> list[Column]:
         """Each expert of the best mixture, as a model of its own."""
+        united = " united" if self.sources.united is not None else ""
         experts = [self._mixture.expert(n, best.weights) for n in range(len(self._merges))]
         return [
-            Column(f"best expert ({n})", f"expert{n}", best.number, self._mixture.alone(expert))
+            Column(f"best expert ({n}){united}", f"expert{n}", best.number, self._mixture.alone(expert))
             for n, expert in enumerate(experts, start=1)
         ]
 
@@ -200,16 +205,23 @@ class MixtureSpace(Space):
         if self.config.save_experts:
             write_experts(recipe, self.sources, folder)
 
+    def is_whole(self, recipe: Recipe, folder: Path) -> bool:
+        """As of a dense model, and its router and experts are too."""
+        assert recipe.mixture is not None, "it is of this space"
+        load_router(folder, recipe.mixture, self._mixture.router.shape)
+        experts = expert_recipes(recipe, self.sources) if self.config.save_experts else []
+        for n, (target, own) in enumerate(zip(self.sources.targets, experts, strict=bool(experts)), start=1):
+            place = folder / EXPERTS_FOLDER / f"expert{n}"
+            Checkpoint(ModelId(name=str(place), revision=None, path=place))
+            files = [path.name for path in model_files(target.model.path)]
+            if Recipe.load(place / RECIPE_FILE) != own or not all((place / name).is_file() for name in files):
+                return False
+        return super().is_whole(recipe, folder)
+
     def files(self) -> list[str]:
-        """Those of the first target, the router, and the experts' recipes."""
-        experts = range(1, len(self._merges) + 1) if self.config.save_experts else ()
-        united = self.sources.united
+        """Those of the first target, and the router."""
+        united, of_first = self.sources.united, model_files(self.sources.target.model.path)
         return [
-            *(
-                path.name
-                for path in model_files(self.sources.target.model.path)
-                if united is None or united.keeps(path)
-            ),
+            *(path.name for path in of_first if united is None or united.keeps(path)),
             ROUTER_FILE,
-            *(f"{EXPERTS_FOLDER}/expert{n}/{RECIPE_FILE}" for n in experts),
         ]
