@@ -48,10 +48,18 @@ def evolved(seen: Observations) -> CMA:
 
 
 def propose(seen: Observations, generator: np.random.Generator) -> Floats:
-    """A point `(d,)` of the next generation."""
+    """A point `(d,)` of the next generation.
+
+    A weight outside of its range is mirrored at the end of it. Set to the end, several trials would be one point, which
+    tells no direction.
+    """
     cma = evolved(seen)
     cma.reseed_rng(int(generator.integers(1 << 32)))
-    return seen.at(cma.ask())
+    low = seen.space.low
+    width = np.maximum(seen.space.high - low, 1e-12)
+    above = np.mod(seen.centre + seen.space.modes @ cma.ask() - low, 2 * width)
+    mirrored: Floats = low + np.minimum(above, 2 * width - above)
+    return mirrored
 
 
 def mean_point(seen: Observations) -> Floats:

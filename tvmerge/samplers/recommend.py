@@ -68,8 +68,21 @@ def _of_surface(
     if belief is None:
         return None
     mean, sd = (float(each[0]) for each in belief.surface.predict(seen.along(belief.x[None], belief.surface.k)))
-    interval = (mean - Z95 * sd, mean + Z95 * sd)
+    sd *= student95(max(len(seen.scores) - len(belief.surface.mean), 3))
+    interval = (mean - sd, mean + sd)
     return Recommendation(seen.space.point(belief.x, ranges), belief.model, mean, interval)
+
+
+def student95(freedom: int) -> float:
+    """Half the width of the middle 95% of Student's t, within 2% from 4 degrees of freedom on.
+
+    Noise and scale are fitted to the trials, which leaves as many degrees of freedom as there are more trials than
+    coefficients.
+
+    Source: Abramowitz and Stegun 1964, equation 26.7.5.
+    """
+    z = Z95
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def _of_cma_es(

@@ -67,13 +67,13 @@ def features(z: Floats) -> Floats:
     return np.hstack([np.ones((len(z), 1)), z, z**2, z[:, i] * z[:, j]])
 
 
-def _prior(k: int) -> tuple[Floats, Floats]:
-    """Mean and standard deviation of the coefficients, `(p,)` each, in units of the noise."""
+def _prior(k: int, signal: float) -> tuple[Floats, Floats]:
+    """Mean and standard deviation of the coefficients, `(p,)` each, in units of the noise, times the signal."""
     rank = np.arange(1.0, k + 1)
     i, j = np.triu_indices(k, 1)
-    sd = np.concatenate([[INTERCEPT], LINEAR / np.sqrt(rank), QUADRATIC / rank, CROSS / np.sqrt(rank[i] * rank[j])])
-    mean = np.zeros(len(sd))
-    mean[1 + k : 1 + 2 * k] = -QUADRATIC / rank
+    moving = [LINEAR / np.sqrt(rank), QUADRATIC / rank, CROSS / np.sqrt(rank[i] * rank[j])]
+    sd: Floats = np.concatenate([[INTERCEPT], *(signal * each for each in moving)])
+    mean: Floats = np.concatenate([np.zeros(1 + k), -signal * QUADRATIC / rank, np.zeros(len(i))])
     return mean, sd
 
 
@@ -100,9 +100,8 @@ def fit(z: Floats, scores: Floats, *, noise: float | None = None, nearness: Floa
     gram, right, square = scaled.T @ scaled, scaled.T @ y, float(y @ y)
     best: Surface | None = None
     for signal in SIGNALS:
-        mean, sd = _prior(k)
-        mean, sd = mean * signal, np.concatenate([sd[:1], sd[1:] * signal])
-        root: Floats = np.linalg.cholesky(gram + np.diag(sd**-2.0)).T
+        mean, sd = _prior(k, signal)
+        root = np.linalg.cholesky(gram + np.diag(sd**-2.0)).T.astype(np.float64, copy=False)
         log_det = 2 * float(np.log(np.diag(root)).sum() + np.log(sd).sum()) - float(np.log(precision).sum())
         # e = y/σ - Φm has covariance I + ΦSΦ'; by Woodbury's identity its squared length is that of e less what the
         # coefficients explain. With t = 1/σ it is a t² - 2 b t + c.
