@@ -1,6 +1,6 @@
 """What a search finds on synthetic landscapes, by sampler and number of trials.
 
-    python perf/search.py                                                   # a minute
+    python perf/search.py                                                   # seconds
     python perf/search.py --landscapes A B C D --samplers RSM --seeds 20 --trials 15 30 60 100 300
 
 Figures are the true score of what a sampler recommends, means over seeds with their standard errors. A landscape is a
