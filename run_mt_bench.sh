@@ -40,7 +40,7 @@ PARALLEL=8      # requests to the judge at a time
 
 # Search
 OPTIMIZE_MODE=layer # uniform, layer, block:4, parameter, all
-OPTUNA_SAMPLER=TPE  # TPE, CMA-ES
+OPTUNA_SAMPLER=TPE  # TPE, CMA-ES, RSM
 WEIGHT_MIN=0
 WEIGHT_MAX=2
 N_TRIALS=30

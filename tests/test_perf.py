@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-SCRIPTS = [ROOT / "perf" / name for name in ("merge.py", "jglue.py", "generation.py", "mixture.py")]
+SCRIPTS = [ROOT / "perf" / name for name in ("merge.py", "jglue.py", "generation.py", "mixture.py", "search.py")]
 
 
 def load(path: Path) -> ModuleType:
@@ -88,8 +88,24 @@ def test_a_trial_of_a_mixture_is_measured(models: Path) -> None:
     assert all(ms > 0 for ms in mixture.construction(layers=2, n_experts=2, rounds=1).values())
 
 
+@pytest.mark.usefixtures("perf")
+def test_searches_are_measured_on_every_landscape(capsys: pytest.CaptureFixture[str]) -> None:
+    perf_search = load(SCRIPTS[4])
+    for name, shape in perf_search.LANDSCAPES.items():
+        landscape = perf_search.Landscape(shape, seed=0)
+        uniform = max(landscape.truth(landscape.best * 0 + weight) for weight in (0.4, 0.7, 1.0, 1.3))
+        assert landscape.truth(landscape.best) > uniform + 0.01, name
+        assert perf_search.Landscape(shape, seed=0).trial(landscape.best) == landscape.trial(landscape.best)
+    found = perf_search.compare("A", list(perf_search.SEARCHES), seeds=2, marks=[9, 12])
+    assert all(0.3 < each.recommended < 0.8 for at_marks in found.values() for runs in at_marks for each in runs)
+    perf_search.print_landscape("A", found, marks=[9, 12])
+    assert "| RSM | 0." in capsys.readouterr().out
+    assert all(ms > 0 for ms in perf_search.draw_times(35, 20, rounds=1).values())
+
+
 @pytest.mark.parametrize(
-    ("script", "flag"), list(zip(SCRIPTS, ("--mergekit", "--n_questions", "--n_prompts", "--rounds"), strict=True))
+    ("script", "flag"),
+    list(zip(SCRIPTS, ("--mergekit", "--n_questions", "--n_prompts", "--rounds", "--seeds"), strict=True)),
 )
 def test_help_says_what_can_be_measured(script: Path, flag: str) -> None:
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True)

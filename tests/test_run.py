@@ -314,7 +314,7 @@ def test_ctrl_c_keeps_everything_and_says_how_to_go_on(trio: Trio, finished: Pat
     assert trials(output)[:N_TRIALS] == trials(finished)
 
 
-@pytest.mark.parametrize(("mode", "sampler"), [("all", "CMA-ES"), ("parameter", "TPE")])
+@pytest.mark.parametrize(("mode", "sampler"), [("all", "CMA-ES"), ("parameter", "TPE"), ("parameter", "RSM")])
 def test_every_granularity_and_sampler_runs(trio: Trio, tmp_path: Path, mode: str, sampler: str) -> None:
     output = tmp_path / "out"
     assert main(flags(trio, output, "--optimize_mode", mode, "--optuna_sampler", sampler)) == 0

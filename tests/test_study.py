@@ -56,7 +56,7 @@ class Killed(BaseException):
     """What a kill does to a process: nothing after it happens."""
 
 
-@pytest.mark.parametrize("sampler", ["TPE", "CMA-ES"])
+@pytest.mark.parametrize("sampler", ["TPE", "CMA-ES", "RSM"])
 def test_a_study_that_stops_anywhere_ends_like_one_that_does_not(sampler: str, tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     straight.mkdir()

@@ -1,7 +1,7 @@
 """A study: create or resume it, run its trials, keep what was scored.
 
 A run that was killed at any moment goes on with the same command and ends with the same result. Three things make it
-so. Weights are a function of the finished trials, the seed and the trial's number (samplers.py). A trial that was
+so. Weights are a function of the finished trials, the seed and the trial's number (samplers/). A trial that was
 under way is taken up again under its own number. Scores are written before the trial is marked as finished, and lines
 of trials that are not finished are dropped when the study is opened again.
 """

@@ -41,7 +41,7 @@ class SearchConfig(ExpertsConfig):
 
     weight_min: float = 0.0
     weight_max: float = 2.0
-    optuna_sampler: Literal["TPE", "CMA-ES"] = "TPE"
+    optuna_sampler: Literal["TPE", "CMA-ES", "RSM"] = "TPE"
     n_trials: int = 100
     optuna_seed: int = 42
     holdout: float = 0.3

@@ -14,23 +14,31 @@ from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.samplers import BaseSampler, CmaEsSampler, TPESampler
+from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-__all__ = ["SAMPLERS", "SeededSampler"]
+from tvmerge.samplers import cma_es, rsm
+from tvmerge.samplers.model_based import ModelBasedSampler
+from tvmerge.samplers.recommend import Recommendation, recommend
+
+__all__ = ["SAMPLERS", "Recommendation", "SeededSampler", "recommend"]
 
 
-def _tpe(seed: int) -> BaseSampler:
+def _tpe(seed: int, n_first: int) -> BaseSampler:
     return TPESampler(seed=seed)
 
 
-def _cma_es(seed: int) -> BaseSampler:
-    return CmaEsSampler(seed=seed, warn_independent_sampling=False)
+def _cma_es(seed: int, n_first: int) -> BaseSampler:
+    return ModelBasedSampler(cma_es.propose, seed=seed, n_first=n_first)
 
 
-#: Name → sampler from a seed.
-SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = {"TPE": _tpe, "CMA-ES": _cma_es}
+def _rsm(seed: int, n_first: int) -> BaseSampler:
+    return ModelBasedSampler(rsm.propose, seed=seed, n_first=n_first)
+
+
+#: Name → sampler from the seed of a trial and the number of trials whose points the study gives.
+SAMPLERS: Mapping[str, Callable[[int, int], BaseSampler]] = {"TPE": _tpe, "CMA-ES": _cma_es, "RSM": _rsm}
 
 
 class SeededSampler(BaseSampler):
@@ -69,7 +77,7 @@ class SeededSampler(BaseSampler):
         sampler_seed, uniform_seed = np.random.SeedSequence([self._seed, trial.number]).generate_state(2)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            drawn = self._make(int(sampler_seed)).sample_relative(study, trial, search_space)
+            drawn = self._make(int(sampler_seed), len(self._first)).sample_relative(study, trial, search_space)
         if drawn:
             return drawn
         # The sampler has too few trials to start from and leaves the draw to us: uniform, in one go, so that a trial

@@ -1,0 +1,101 @@
+"""What a study recommends, which is not its best trial: of many noisy scores the best is a lucky one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from optuna.distributions import FloatDistribution
+from optuna.trial import FrozenTrial
+
+from tvmerge.samplers import cma_es
+from tvmerge.samplers.observations import Observations, observe
+from tvmerge.samplers.rsm import believe
+
+__all__ = ["RECOMMEND", "Recommendation", "recommend"]
+
+#: Of a normal distribution's middle 95%.
+Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A point, and what its score is believed to be."""
+
+    point: Mapping[str, float]
+    by: str  # what chose it: "surface", "trust region", "CMA-ES", "best observed"
+    score: float | None  # predicted on the questions of the search, without a trial's noise; None: no prediction
+    interval: tuple[float, float] | None  # that holds it with 95% probability, if the surface is right
+
+
+def recommend(
+    trials: Sequence[FrozenTrial],
+    ranges: Mapping[str, FloatDistribution],
+    *,
+    sampler: str = "RSM",
+    n_first: int = 0,
+    maximise: bool = True,
+    noise: float | None = None,
+) -> Recommendation | None:
+    """The point that a sampler believes to be the best.
+
+    Args:
+        trials: of a study, in any order.
+        ranges: name → range, in a stable order.
+        sampler: a key of RECOMMEND; any other recommends its best observed trial.
+        n_first: how many trials the study gave the points of.
+        maximise: whether a higher value is better.
+        noise: standard deviation of a trial's score, if it is known.
+
+    Returns:
+        None if no trial was scored.
+    """
+    seen = observe(trials, ranges, n_first=n_first, maximise=maximise)
+    if not len(seen.scores):
+        return None
+    found = RECOMMEND.get(sampler, _best_observed)(seen, ranges, noise) or _best_observed(seen, ranges, noise)
+    if maximise or found.score is None or found.interval is None:
+        return found
+    low, high = found.interval
+    return Recommendation(found.point, found.by, -found.score, (-high, -low))
+
+
+def _of_surface(
+    seen: Observations, ranges: Mapping[str, FloatDistribution], noise: float | None
+) -> Recommendation | None:
+    belief = believe(seen, noise=noise)
+    if belief is None:
+        return None
+    mean, sd = (float(each[0]) for each in belief.surface.predict(seen.along(belief.x[None], belief.surface.k)))
+    sd *= student95(max(len(seen.scores) - len(belief.surface.mean), 3))
+    interval = (mean - sd, mean + sd)
+    return Recommendation(seen.space.point(belief.x, ranges), belief.model, mean, interval)
+
+
+def student95(freedom: int) -> float:
+    """Half the width of the middle 95% of Student's t, within 2% from 4 degrees of freedom on.
+
+    Noise and scale are fitted to the trials, which leaves as many degrees of freedom as there are more trials than
+    coefficients.
+
+    Source: Abramowitz and Stegun 1964, equation 26.7.5.
+    """
+    z = Z95
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def _of_cma_es(
+    seen: Observations, ranges: Mapping[str, FloatDistribution], noise: float | None
+) -> Recommendation | None:
+    return Recommendation(seen.space.point(cma_es.mean_point(seen), ranges), "CMA-ES", None, None)
+
+
+def _best_observed(seen: Observations, ranges: Mapping[str, FloatDistribution], noise: float | None) -> Recommendation:
+    best = seen.x[int(np.argmax(seen.scores))]
+    return Recommendation(seen.space.point(best, ranges), "best observed", None, None)
+
+
+_Recommender = Callable[[Observations, Mapping[str, FloatDistribution], "float | None"], "Recommendation | None"]
+#: Sampler → what it recommends.
+RECOMMEND: Mapping[str, _Recommender] = {"RSM": _of_surface, "CMA-ES": _of_cma_es}
