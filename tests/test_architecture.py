@@ -74,6 +74,14 @@ def test_every_module_has_its_room() -> None:
     assert {room_of(path) for path in SOURCES} == {*ROOMS, "__init__", "__main__"}
 
 
+def test_every_folder_is_installed() -> None:
+    listed = re.search(r"^packages = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), flags=re.DOTALL | re.MULTILINE)
+    assert listed is not None
+    names = set(re.findall(r'"(tvmerge[\w.]*)"', listed[1]))
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in SOURCES}
+    assert folders == {name for name in names if not name.startswith(("tvmerge.benchmarks", "tvmerge.judge_prompts"))}
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path: Path) -> None:
     room = room_of(path)
