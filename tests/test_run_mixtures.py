@@ -80,6 +80,9 @@ def test_a_run_leaves_a_mixture_that_loads_and_scores_as_the_study_says(finished
     for n in (1, 2):
         expert = AutoModelForCausalLM.from_pretrained(finished / "best" / "experts" / f"expert{n}", dtype="auto")
         assert type(expert).__name__ == "MistralForCausalLM"
+    # No trial left a model behind.
+    left = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
+    assert left == {"best", "config.yaml", "router.npy", "scores.jsonl", "study.db"}
     card = (finished / "best" / "README.md").read_text(encoding="utf-8")
     assert yaml.safe_load(card.split("---")[1])["tags"] == ["merge", "moe", "tvmerge"]
     assert "Each of the 2 experts is" in card
