@@ -10,12 +10,13 @@ TARGET_MODEL=(demo/models/target)
 BASE_MODEL=demo/models/base
 TUNED_MODEL=(demo/models/tuned) # several: (a b:base_of_b); LoRA adapters too
 
+OUTPUT_DIR=output # folder of this run
 GATE_MODE= GATE_PROMPTS= MOE_BASE= EXPERTS_PER_TOKEN= SHARE_WEIGHTS= SEARCH_GATE= SAVE_EXPERTS=
 # Experts: 2 to 8 targets become one mixture, each plus its own weights times the task vector. Two toys, for instance:
 # TARGET_MODEL=(demo/models/target demo/models/expert)
 # GATE_MODE=hidden GATE_PROMPTS=demo/moe.yaml # or random, cheap_embed, uniform
 # MOE_BASE=first EXPERTS_PER_TOKEN=2            # or average: attention, norms, embeddings of all
-# SHARE_WEIGHTS=false SEARCH_GATE=false SAVE_EXPERTS=true
+# SHARE_WEIGHTS=false SEARCH_GATE=false SAVE_EXPERTS=true OUTPUT_DIR=output_moe
 
 # Tasks: those of TASK_DIR, those that come with tvmerge, or lm-eval's own. For real models, for instance:
 # JGLUE_TASKS=jcommonsenseqa-1.1-0.3,jnli-1.3-0.2,jsquad-1.1-0.2
@@ -35,7 +36,6 @@ OPTUNA_SEED=42
 
 BATCH_SIZE=auto                                         # requests that the model answers at a time
 CACHE_DIR="${HF_HUB_CACHE:-$HOME/.cache/huggingface/hub}" # models of the Hub
-OUTPUT_DIR=output
 
 target=(--target_model "${TARGET_MODEL[@]}")
 if [[ " $*" == *" --target_model"* ]]; then target=(); fi # also where they are numbered

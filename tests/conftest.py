@@ -43,6 +43,14 @@ class Trio:
         ]
 
 
+def last_target(command: list[str]) -> list[str]:
+    """A command in which the last --target_model stands alone, which may be given once."""
+    places = [n for n, word in enumerate(command) if word == "--target_model"]
+    for n in reversed(places[:-1]):
+        del command[n : n + 2]
+    return command
+
+
 def save_tokenizer(folder: Path, characters: str = CHARACTERS) -> None:
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CHARACTERS, ROOT, TASKS, Trio, save_mistral, save_tokenizer
+from conftest import CHARACTERS, ROOT, TASKS, Trio, last_target, save_mistral, save_tokenizer
 from safetensors.torch import load_file, save_file
 
 from tvmerge.cli import COMMANDS, main
@@ -21,7 +21,7 @@ from tvmerge.cli import COMMANDS, main
 
 def flags(trio: Trio, output: Path, *more: str) -> list[str]:
     tasks = ["--jglue_tasks", "tiny_choice,tiny_extract", "--task_dir", str(TASKS)]
-    return ["jglue", *trio.flags(), *tasks, "--n_trials", "2", "--output_dir", str(output), *more]
+    return last_target(["jglue", *trio.flags(), *tasks, "--n_trials", "2", "--output_dir", str(output), *more])
 
 
 def assert_refused(arguments: list[str], message: str, output: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHARACTERS, ROOT, Trio, reshard, save_mistral, save_tokenizer
+from conftest import CHARACTERS, ROOT, Trio, last_target, reshard, save_mistral, save_tokenizer
 from safetensors.torch import load_file, save_file
 from test_hub import MAIN, TUNED, Answer, Hub, HubHandler, contents, look_up
 from test_hub import refusal as refused
@@ -194,7 +194,7 @@ def test_models_that_do_not_fit_are_refused_below_their_table(
     reason: str,
 ) -> None:
     save(tmp_path / "other")
-    models, error = refusal([*trio.flags(), f"--{role}_model", str(tmp_path / "other")], capsys)
+    models, error = refusal(last_target([*trio.flags(), f"--{role}_model", str(tmp_path / "other")]), capsys)
     assert reason in error
     (row,) = (row for row in models if row["model"] == str(tmp_path / "other"))
     assert row["size"] == size(nbytes(tmp_path / "other"))
@@ -204,7 +204,7 @@ def test_models_that_do_not_fit_are_refused_below_their_table(
 def test_other_vocabularies_can_be_intersected(trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     wide = save_mistral(tmp_path / "wide", seed=3, vocab_size=len(CHARACTERS) + 5)
     save_tokenizer(wide, CHARACTERS + "終")
-    flags = [*trio.flags(), "--target_model", str(wide)]
+    flags = last_target([*trio.flags(), "--target_model", str(wide)])
     assert "--vocabulary intersect" in refusal(flags, capsys)[1]
     assert main(["plan", *flags, "--vocabulary", "intersect"]) == 0
     out = capsys.readouterr().out
@@ -439,7 +439,7 @@ def test_the_judge_is_estimated_before_it_is_asked(
     assert found["judge cost"].startswith(f"about ${tokens / 1000:.2f}")
     # Of a mixture each target and the best expert are proven too; the latter is sought among all.
     experts = ["--target_model", str(trio.target), str(trio.tuned)]
-    assert main(["plan", *trio.flags(), *experts, *flags]) == 0
+    assert main(last_target(["plan", *trio.flags(), *experts, *flags])) == 0
     *_, judge = tables(capsys.readouterr().out)
     found = {row["what"]: row["figure"] for row in judge}
     assert found["judgments"].startswith(f"{21 * (10 + 2) + 9 * (2 + 1 + 5)} ")

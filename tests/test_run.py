@@ -19,7 +19,7 @@ import optuna
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TASKS, Trio
+from conftest import ROOT, TASKS, Trio, last_target
 from optuna.storages import RDBStorage
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,10 +36,11 @@ N_TRIALS = 12
 
 
 def flags(trio: Trio, output: Path, *more: str) -> list[str]:
-    return [
+    command = [
         *("jglue", *trio.flags(), "--jglue_tasks", "tiny_choice,tiny_extract", "--task_dir", str(TASKS)),
         *("--jglue_limit", "12,6", "--n_trials", str(N_TRIALS), "--output_dir", str(output), *more),
     ]
+    return last_target(command)
 
 
 def trials(output: Path) -> list[tuple[int, dict[str, float], float | None, object]]:

@@ -423,7 +423,7 @@ def test_experts_that_differ_are_named_side_by_side(
         (("--experts_per_token", "0"), 2, "--experts_per_token must be 1 to 2 of 2 experts, got 0"),
         (("--gate_seed", "-1"), 2, "--gate_seed must be at least 0"),
         (("--gate_mode", "hidden"), 2, "--gate_mode hidden needs --gate_prompts"),
-        (("--gate_prompts", "x.yaml"), 2, "--gate_mode random reads no --gate_prompts"),
+        (("--gate_prompts", "x.yaml"), 2, "--gate_prompts needs --gate_mode hidden or cheap_embed, and it is random"),
         (("--search_gate", "--experts_per_token", "1"), 2, "has the weight 1 at any temperature"),
         (("--gate_mode", "uniform", "--search_gate"), 2, "has no scores that a temperature could change"),
         (("--gate_mode", "uniform"), 3, "use --experts_per_token 3, or --gate_mode random"),
@@ -683,3 +683,10 @@ def test_prompts_that_give_experts_the_same_rows_are_refused(
     )
     command = flags(trio, targets[:2], tmp_path / "out", "--gate_mode", "hidden", "--gate_prompts", str(path))
     assert_refused(command, "the prompts give expert 1 rows of zeros in every layer", tmp_path / "out", capsys)
+
+
+def test_targets_given_twice_are_refused(
+    trio: Trio, targets: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = flags(trio, targets[:1], tmp_path / "out", "--target_model", str(targets[1]))
+    assert_refused(command, "--target_model is given twice: name all models behind one flag", tmp_path / "out", capsys)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, TASKS, Trio, save_mistral
+from conftest import ROOT, TASKS, Trio, last_target, save_mistral
 from jglue_rows import write_all
 
 from tvmerge.cli import main
@@ -42,10 +42,11 @@ print(json.dumps([[s.task, s.question, s.score] for s in scores]))
 
 
 def flags(trio: Trio, output: Path, *more: str, tasks: str = "tiny_choice,tiny_extract") -> list[str]:
-    return [
+    command = [
         *("jglue", *trio.flags(), "--jglue_tasks", tasks, "--task_dir", str(TASKS)),
         *("--jglue_limit", "10", "--n_trials", "4", "--output_dir", str(output), *more),
     ]
+    return last_target(command)
 
 
 def lines(output: Path) -> list[dict[str, Any]]:

@@ -87,8 +87,8 @@ COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "moe": (MoeConfig, _run_moe),
 }
 
-#: Settings that take several values, of which a later flag replaces those of an earlier one.
-REPLACED = frozenset({"--target_model"})
+#: Settings that take several values behind one flag only.
+ONCE = frozenset({"--target_model"})
 #: What to say when a command is interrupted.
 GOES_ON = dict.fromkeys(("tvmerge jglue", "tvmerge mt_bench"), "the same command goes on where it stopped")
 #: Settings that are given without a flag.
@@ -157,8 +157,11 @@ def _in_order(arguments: Sequence[str]) -> list[str]:
     """Rearrange a command line so that jsonargparse reads it as people mean it.
 
     `--config FILE` goes right behind the command, so that flags win over the file whatever their order. The values of
-    a setting that takes several, `--tuned_model a b` or the flag repeated, become one list (of a target repeated the
-    last counts, as of any other flag), a switch that stands alone is on, and flags of other names are known by them.
+    a setting that takes several, `--tuned_model a b` or the flag repeated, become one list, a switch that stands alone
+    is on, and flags of other names are known by them.
+
+    Raises:
+        ConfigError: targets are given twice: once the last of them counted alone.
     """
     rest: list[str] = []
     files: list[str] = []
@@ -173,7 +176,9 @@ def _in_order(arguments: Sequence[str]) -> list[str]:
         if flag == "--config":
             files += [argument] if separator else [argument, *([waiting.popleft()] if waiting else [])]
         elif flag.removeprefix("--") in LIST_SETTINGS and flag.startswith("--"):
-            values = lists[flag] = [] if flag in REPLACED else lists.get(flag, [])
+            if flag in ONCE and flag in lists:
+                raise ConfigError(f"{flag} is given twice: name all models behind one flag, as in {flag} a b")
+            values = lists.setdefault(flag, [])
             values += [value] if separator else []
             while not separator and waiting and not re.match("-+[a-zA-Z]", waiting[0]):
                 values.append(waiting.popleft())

@@ -163,12 +163,13 @@ def _what(recipe: Recipe) -> str:
     n = 1 + len(mixture.further_targets)
     whose = "shared by all experts" if mixture.share_weights else "for each expert"
     base = "the mean of all experts" if mixture.base == "average" else "the first expert"
+    seed = f" (seed {mixture.gate_seed})" if mixture.gate_mode.endswith("random") else ""
     searched = ", with a temperature for each layer that was searched" if mixture.search_gate else ""
     return f"""# A mixture of experts found by tvmerge
 
 Each of the {n} experts is `target + Σ w·(tuned − base)`, with {per}, {whose}. Attention, norms and embeddings are
 those of {base}. The router picks {mixture.experts_per_token} experts for a token; it was not trained but made by
-`gate_mode: {mixture.gate_mode}` (seed {mixture.gate_seed}){searched}, and its values lie in `router.npy`."""
+`gate_mode: {mixture.gate_mode}`{seed}{searched}, and its values lie in `router.npy`."""
 
 
 def _per(recipe: Recipe) -> str:

@@ -280,7 +280,7 @@ class SearchRun:
         words = verdict(candidates[-1], candidates[:-1], heldout=self.questions.heldout is not None, goals=goals)
         if best.number == 0:
             words = f"{self.space.nothing_gained()}\n\n{words}"
-        words = f"{self.questions.explanation}\n\n{words}".strip()
+        words = f"{self.questions.explanation}\n\n{words}\n\n{self.space.explanation()}".strip()
         recipe = self._recipe(best, candidates[-1].scores)
         output = self.output / "best"
         if not _is_written(self.space, recipe, output):

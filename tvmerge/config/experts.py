@@ -25,10 +25,12 @@ class ExpertsConfig(MergeConfig):
         moe_base: what gives a mixture its attention, norms and embeddings; first is the first expert, average the mean
             of all experts
         experts_per_token: how many experts the router picks for a token
-        gate_mode: what the router is made from; random draws it by gate_seed, hidden and cheap_embed need gate_prompts,
-            uniform gives all experts the same weight
+        gate_mode: what the router is made from; random and uniform_random (smaller values, so more even shares) draw it
+            by gate_seed, hidden (hidden_last) takes what the model makes of the last token of gate_prompts, hidden_avg
+            of all their tokens, cheap_embed their embeddings alone, uniform gives all experts the same share
         gate_seed: seed of a router that is drawn at random
-        gate_prompts: YAML file that gives each expert positive_prompts and perhaps negative_prompts, as mergekit-moe's
+        gate_prompts: YAML file that gives each expert positive_prompts and perhaps negative_prompts, as mergekit-moe's,
+            of which nothing else is read
         search_gate: search a temperature of the router in each layer too
         save_experts: save each expert of the best mixture as a model of its own beside it
     """
@@ -97,9 +99,15 @@ class ExpertsConfig(MergeConfig):
             raise ConfigError(f"--experts_per_token must be 1 to {n} of {n} experts, got {self.experts_per_token}")
         if not 0 <= self.gate_seed < 1 << 63:
             raise ConfigError(f"--gate_seed must be at least 0 and less than 2^63, got {self.gate_seed}")
-        if (self.gate_mode in PROMPTED) != (self.gate_prompts is not None):
-            needs = "needs --gate_prompts" if self.gate_mode in PROMPTED else "reads no --gate_prompts"
-            raise ConfigError(f"--gate_mode {self.gate_mode} {needs}: a YAML file with the prompts of each expert")
+        if self.gate_mode in PROMPTED and self.gate_prompts is None:
+            raise ConfigError(
+                f"--gate_mode {self.gate_mode} needs --gate_prompts: a YAML file with the prompts of each expert"
+            )
+        if self.gate_mode not in PROMPTED and self.gate_prompts is not None:
+            raise ConfigError(
+                f"--gate_prompts needs --gate_mode hidden or cheap_embed, and it is {self.gate_mode}: "
+                "name one, or leave the prompts out (--gate_prompts null, where a file of settings names them)"
+            )
         self._check_gate()
 
     def _check_gate(self) -> None:

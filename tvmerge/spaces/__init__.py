@@ -102,6 +102,10 @@ class Space(ABC):
     def nothing_gained(self) -> str:
         """What is to be said if no trial scored higher than the first."""
 
+    def explanation(self) -> str:
+        """What is to be said of the table."""
+        return ""
+
     @abstractmethod
     def recipe(self, best: TrialResult, **more: Any) -> Recipe:
         """What rebuilds the model of a trial."""

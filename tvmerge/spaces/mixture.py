@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -96,7 +98,8 @@ class MixtureSpace(Space):
 
     def identity(self) -> dict[str, Any]:
         """Models and prompts."""
-        return {**super().identity(), "gate_prompts": [asdict(own) for own in self._prompts]}
+        prompts = json.dumps([asdict(own) for own in self._prompts])
+        return {**super().identity(), "gate_prompts": hashlib.sha256(prompts.encode()).hexdigest()[:16]}
 
     def open_model(self, *, device: str, recall: Callable[[str], Any]) -> TransformersModel:
         """The mixture of the targets; its router is made once for the whole study.
@@ -186,6 +189,13 @@ class MixtureSpace(Space):
     def nothing_gained(self) -> str:
         """The mixture of the targets is the best."""
         return "Nothing that was tried scored higher than the mixture of the targets as they are."
+
+    def explanation(self) -> str:
+        """The best expert is no dense search."""
+        return (
+            "The best expert alone has the weights that were found for the mixture: a run with one --target_model may "
+            "find better ones for it."
+        )
 
     def recipe(self, best: TrialResult, **more: Any) -> Recipe:
         """Sources, grouping and weights, and how the experts become one model."""
