@@ -40,6 +40,7 @@ ROOMS = [
     "samplers",
     "search",
     "study",
+    "results",
     "report",
     "progress",
     "config",

@@ -6,7 +6,9 @@ import yaml
 
 from tvmerge.evaluators import QuestionScore, TaskGoal
 from tvmerge.recipe import Recipe
-from tvmerge.report import Candidate, model_card, score_table, verdict
+from tvmerge.report.card import model_card
+from tvmerge.report.tables import score_table, verdict
+from tvmerge.results import Candidate
 
 
 def candidate(label: str, a: list[float | None], b: list[float]) -> Candidate:

@@ -32,7 +32,9 @@ from tvmerge.progress import RunProgress
 from tvmerge.questions import ask_questions, open_tasks
 from tvmerge.rebuild import ROUTER_FILE, library_versions
 from tvmerge.recipe import Recipe
-from tvmerge.report import Candidate, model_card, score_table, verdict
+from tvmerge.report.card import model_card
+from tvmerge.report.tables import score_table, verdict
+from tvmerge.results import Candidate
 from tvmerge.search import uniform_weights
 from tvmerge.spaces import Column, Proven, Space
 from tvmerge.spaces.dense import DenseSpace

@@ -1,0 +1,1 @@
+"""What a run says of its result: tables, pictures, the model card."""
