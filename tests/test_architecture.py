@@ -38,7 +38,11 @@ ROOMS = [
     "judges",
     "evaluators",
     "samplers",
+    "score_log",
     "search",
+    "storage",
+    "heartbeat",
+    "trial_queue",
     "study",
     "results",
     "report",
@@ -50,7 +54,11 @@ ROOMS = [
     "plan",
     "assembly",
     "questions",
+    "scoring",
+    "proof",
     "run",
+    "worker",
+    "supervisor",
     "cli",
 ]
 SOURCES = sorted((ROOT / "tvmerge").rglob("*.py"))

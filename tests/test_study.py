@@ -14,6 +14,7 @@ from optuna.distributions import FloatDistribution
 from tvmerge.errors import RunError, StudyError
 from tvmerge.evaluators import QuestionScore, Scored
 from tvmerge.study import MergeStudy
+from tvmerge.trial_queue import StudyPlan
 
 NAMES = ["layers.0", "layers.1"]
 
@@ -26,7 +27,7 @@ def points(*weights: float) -> list[dict[str, float]]:
     return [dict.fromkeys(NAMES, weight) for weight in weights]
 
 
-def open_study(folder: Path, **changes: Any) -> MergeStudy:
+def open_study(folder: Path, *, heartbeat: float = 15.0, **changes: Any) -> MergeStudy:
     settings: dict[str, Any] = {
         "identity": {"mode": "layer", "tasks": ["a"]},
         "ranges": ranges(0.0, 2.0),
@@ -35,7 +36,7 @@ def open_study(folder: Path, **changes: Any) -> MergeStudy:
         "first": points(0.0, 1.0, 0.5),
         **changes,
     }
-    return MergeStudy(output_dir=folder, **settings)
+    return MergeStudy(output_dir=folder, plan=StudyPlan(**settings), heartbeat=heartbeat)
 
 
 def score(weights: Mapping[str, float], number: int) -> Scored:
@@ -79,14 +80,16 @@ def test_a_study_that_stops_anywhere_ends_like_one_that_does_not(sampler: str, t
     assert (stopped / "scores.jsonl").read_bytes() == (straight / "scores.jsonl").read_bytes()
 
 
-def test_a_trial_that_was_killed_between_two_weights_is_completed_with_the_same_ones(tmp_path: Path) -> None:
+def test_a_trial_whose_taker_died_before_it_said_its_name_is_taken_up(tmp_path: Path) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     straight.mkdir()
     stopped.mkdir()
     expected = run(straight, 12)
-    run(stopped, 5)
+    run(stopped, 1)
     study = open_study(stopped)
-    study._study.ask().suggest_float("layers.0", 0.0, 2.0)
+    waiting = study.trials()[1]
+    assert waiting.state == optuna.trial.TrialState.WAITING
+    study._queue._storage.set_trial_state_values(waiting._trial_id, optuna.trial.TrialState.RUNNING)
     study.close()
     assert run(stopped, 12) == expected
 
@@ -122,14 +125,20 @@ def test_a_new_study_takes_no_scores_of_an_old_one(tmp_path: Path) -> None:
     study.close()
 
 
-def test_lost_scores_are_said(tmp_path: Path) -> None:
+def test_lost_scores_are_restored(tmp_path: Path) -> None:
     run(tmp_path, 4)
-    with (tmp_path / "scores.jsonl").open("a") as file:
+    log = tmp_path / "scores.jsonl"
+    before = log.read_bytes()
+    with log.open("a") as file:
         file.write("{}\n7\n")
     open_study(tmp_path).close()
-    (tmp_path / "scores.jsonl").unlink()
-    with pytest.raises(StudyError, match="lacks the scores of trial 0"):
-        open_study(tmp_path)
+    assert log.read_bytes() == before
+    log.unlink()
+    open_study(tmp_path).close()
+    assert log.read_bytes() == before
+    log.write_bytes(b"\n".join(before.splitlines()[:5]) + b"\n")
+    open_study(tmp_path).close()
+    assert log.read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["sp ace#日本", "50%20%", "what?", "{SCHEMA_VERSION}", "a&b=c"])
@@ -164,7 +173,7 @@ def test_a_failed_trial_is_recorded_with_its_weights_and_is_no_score(tmp_path: P
     assert study.run_trial(lambda _, __: Scored([QuestionScore("a", 1, None)])) is None
     study.run_trial(score)
     assert [result.number for result in study.results()] == [0, 1, 4]
-    failed = study._study.trials[2]
+    failed = study.trials()[2]
     assert failed.state == optuna.trial.TrialState.FAIL
     assert failed.value is None
     assert failed.user_attrs["failure"] == "ValueError: no sense"

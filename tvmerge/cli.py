@@ -29,6 +29,7 @@ from tvmerge.config import (
     MoeConfig,
     MtBenchConfig,
     PlanConfig,
+    WorkerConfig,
 )
 from tvmerge.errors import ConfigError, InputError, TaskError, TvmergeError
 
@@ -78,19 +79,37 @@ def _run_moe(config: MoeConfig) -> None:
     print(f"{config.output_dir}: the mixture of experts of {config.mixture}")
 
 
+def _run_worker(config: WorkerConfig) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if config.restart:
+        from tvmerge.supervisor import supervise
+
+        own = {key: value for key, value in vars(config).items() if key not in ("restart", "name")}
+        given = {key: str(value) for key, value in own.items() if value is not None}
+        return supervise([f"--{key}={value}" for key, value in given.items()], name=config.name)
+    from tvmerge.worker import work
+
+    work(config)
+    return 0
+
+
 #: Command → its configuration and what runs it. Heavy modules are imported when a command runs, not before.
-COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
+COMMANDS: dict[str, tuple[type, Callable[..., int | None]]] = {
     "jglue": (JglueConfig, _run_jglue),
     "mt_bench": (MtBenchConfig, _run_mt_bench),
     "plan": (PlanConfig, _run_plan),
     "apply": (ApplyConfig, _run_apply),
     "moe": (MoeConfig, _run_moe),
+    "worker": (WorkerConfig, _run_worker),
 }
 
 #: Settings that take several values behind one flag only.
 ONCE = frozenset({"--target_model"})
 #: What to say when a command is interrupted.
-GOES_ON = dict.fromkeys(("tvmerge jglue", "tvmerge mt_bench"), "the same command goes on where it stopped")
+GOES_ON = {
+    **dict.fromkeys(("tvmerge jglue", "tvmerge mt_bench"), "the same command goes on where it stopped"),
+    "tvmerge worker": "its trial is handed back",
+}
 #: Settings that are given without a flag.
 POSITIONAL = {"recipe": "a recipe.yaml that a run has written", "mixture": "a YAML file as mergekit-moe reads it"}
 
@@ -125,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     command = "tvmerge"
+    status: int | None = None
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console of another encoding must not end a run
@@ -135,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values.pop("config", None)
         config_class, run = COMMANDS[arguments.command]
         try:
-            run(config_class(**values))
+            status = run(config_class(**values))
         except SystemExit as error:  # would end this process as if all were well
             raise TaskError(f"code of a task or of a library ended the run by sys.exit({error.code!r})") from error
     except (argparse.ArgumentError, UnicodeError) as error:
@@ -150,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\n{command}: interrupted; {GOES_ON.get(command, 'nothing was written')}", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def _in_order(arguments: Sequence[str]) -> list[str]:

@@ -52,22 +52,25 @@ class RunProgress:
 
         return advance, bar.close
 
-    def finish_trial(self, *, score: float | None, best: tuple[float, int] | None, remarks: Sequence[str] = ()) -> None:
+    def finish_trial(
+        self, *, n_finished: int, score: float | None, best: tuple[float, int] | None, remarks: Sequence[str] = ()
+    ) -> None:
         """Move the trials' bar on.
 
         Args:
+            n_finished: trials that are finished by now, those of other workers too.
             score: of the trial; None if it failed.
             best: score and number of the best trial so far.
             remarks: what else there is to say of it.
         """
-        self._n_finished += 1
+        step, self._n_finished = n_finished - self._n_finished, n_finished
         shown = "none yet" if best is None else f"{best[0]:.3f} (trial {best[1]})"
         more = "".join(f", {remark}" for remark in remarks)
         self._trials.set_postfix_str(f"best {shown}{more}", refresh=False)
-        self._trials.update(1)
+        self._trials.update(step)
         if not self._terminal:
-            per_trial = (time.monotonic() - self._started) / (self._n_finished - self._n_before)
-            left = per_trial * (self._n_trials - self._n_finished)
+            per_trial = (time.monotonic() - self._started) / max(self._n_finished - self._n_before, 1)
+            left = per_trial * max(self._n_trials - self._n_finished, 0)
             outcome = "failed" if score is None else f"score {score:.3f}"
             self.note(f"trial {self._n_finished}/{self._n_trials}: {outcome}, best {shown}{more}, {left:.0f} s left")
 

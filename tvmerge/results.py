@@ -6,10 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from optuna.trial import FrozenTrial, TrialState
+
 from tvmerge.evaluators import Goals, QuestionScore
 from tvmerge.samplers import Recommendation
 
-__all__ = ["Candidate", "Results", "TrialRow"]
+__all__ = ["Candidate", "Results", "TrialRow", "trial_rows"]
+
+_STATES: Mapping[TrialState, Literal["complete", "pruned", "failed", "running", "waiting"]] = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+}
+#: Attributes of a trial that a row has fields for, or that say nothing to a reader.
+_OWN = {"weights", "given", "score", "scores", "task_scores", "seconds", "cost", "failure", "worker", "beat"}
 
 
 @dataclass(frozen=True)
@@ -56,3 +68,23 @@ class Results:
     heldout: bool = True  # whether the search never saw the questions of the table
     table: str = ""  # Markdown, as printed at the end
     verdict: str = ""  # Markdown
+
+
+def trial_rows(trials: Sequence[FrozenTrial]) -> list[TrialRow]:
+    """The trials of a study, as Optuna has them."""
+    return [
+        TrialRow(
+            number=trial.number,
+            state=_STATES[trial.state],
+            is_given=bool(trial.user_attrs.get("given")),
+            weights=trial.user_attrs["weights"],
+            score=trial.user_attrs.get("score"),
+            tasks=trial.user_attrs.get("task_scores", {}),
+            seconds=trial.user_attrs.get("seconds"),
+            cost=trial.user_attrs.get("judge_usage", {}).get("cost"),
+            failure=trial.user_attrs.get("failure"),
+            worker=trial.user_attrs.get("worker"),
+            facts={key: value for key, value in trial.user_attrs.items() if key not in _OWN},
+        )
+        for trial in trials
+    ]

@@ -1,47 +1,46 @@
-"""A study: create or resume it, run its trials, keep what was scored.
+"""A study: create, resume or join it, run its trials, keep what was scored.
 
 A run that was killed at any moment goes on with the same command and ends with the same result. Three things make it
-so. Weights are a function of the finished trials, the seed and the trial's number (samplers/). A trial that was
-under way is taken up again under its own number. Scores are written before the trial is marked as finished, and lines
-of trials that are not finished are dropped when the study is opened again.
+so. Weights are a function of the finished trials, the seed and the trial's number (samplers/). A trial is written
+down with its weights in one transaction before it is run, and one that was under way is taken up again under its own
+number. The scores of its questions are written with the trial before it is marked as finished; scores.jsonl is made of
+them.
+
+Several processes may work on one study, each on a trial of its own (heartbeat.py).
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from typing import Any, TypeVar
 
 import optuna
 import torch
 from filelock import FileLock, Timeout
-from optuna.distributions import FloatDistribution
-from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
-from tvmerge.errors import InputError, RunError, StopError, StudyError
-from tvmerge.evaluators import Goals, QuestionScore, Scored, mean_score, task_scores
-from tvmerge.files import write_text
-from tvmerge.samplers import SeededSampler
+from tvmerge.errors import InputError, RunError, StopError, StudyError, TrialStopped
+from tvmerge.evaluators import QuestionScore, Scored, mean_score, task_scores
+from tvmerge.heartbeat import Heartbeat
+from tvmerge.samplers import Recommendation, recommend
+from tvmerge.score_log import ScoreLog, unpacked
 from tvmerge.search import BASELINES
+from tvmerge.storage import STORAGE_ERRORS, STUDY_FILE, STUDY_NAME, file_url, open_storage, reason_of
+from tvmerge.trial_queue import JOINED, MAIN, Claim, StudyPlan, TrialQueue
 
-__all__ = ["STORAGE_ERRORS", "MergeStudy", "ScoreLog", "TrialResult"]
+__all__ = ["MergeStudy", "TrialResult"]
 
-#: What the storage of a study raises, on a full disk for one.
-STORAGE_ERRORS = (SQLAlchemyError, OptunaError)
+_Value = TypeVar("_Value")
 
-STUDY_NAME = "tvmerge"
-LOG_KEYS = {"model", "trial", "split", "task", "question", "score"}
 #: A run stops after so many failed trials in a row: the cause will not go away by itself.
 MAX_FAILURES_IN_A_ROW = 3
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 @dataclass(frozen=True)
@@ -53,184 +52,157 @@ class TrialResult:
     score: float
 
 
-class ScoreLog:
-    """scores.jsonl: one line for each question that a model was scored on.
-
-    Keys: `model` (`merge`, at the weights of `trial`, or `tuned`; `tuned/label` if there are several), `trial` (null
-    for those), `split` (`search` or `heldout`), `task`, `question` (index in the task), `turn` and `choice` (of a
-    conversation, where they are not 1 and 0), `score` (null: unscored).
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def lines(self) -> list[dict[str, Any]]:
-        """All whole lines; one that was torn is left out."""
-        if not self.path.exists():
-            return []
-        entries = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
-            try:
-                entry = json.loads(line)
-            except ValueError:  # what a power cut leaves
-                continue
-            if isinstance(entry, dict) and entry.keys() >= LOG_KEYS:
-                entries.append(entry)
-        return entries
-
-    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop all other lines."""
-        write_text(self.path, "".join(_line(entry) for entry in self.lines() if wanted(entry)))
-
-    def append(self, scores: Iterable[QuestionScore], *, model: str, trial: int | None, split: str) -> None:
-        """Add a model's scores and flush them to the disk."""
-        # As `_line` writes them, in a fifth of its time: there are thousands.
-        head = json.dumps({"model": model, "trial": trial, "split": split}, ensure_ascii=False)[:-1]
-        lines = [
-            f'{head}, "task": {_quoted(each.task)}, "question": {each.question}{_place(each)}, '
-            f'"score": {json.dumps(each.score)}}}\n'
-            for each in scores
-        ]
-        with self.path.open("a", encoding="utf-8", newline="\n") as file:
-            file.write("".join(lines))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def replace(self, scores: Iterable[QuestionScore], *, model: str, trial: int | None, split: str) -> None:
-        """As `append`, after dropping what a kill left of the same scores."""
-        same = {"model": model, "trial": trial, "split": split}
-        self.keep(lambda line: not same.items() <= line.items())
-        self.append(scores, model=model, trial=trial, split=split)
-
-    def find(self, *, model: str, trial: int | None, split: str) -> list[QuestionScore]:
-        """The scores of one model on one split, in the order they were written."""
-        wanted = {"model": model, "trial": trial, "split": split}
-        return [
-            QuestionScore(
-                task=entry["task"],
-                question=entry["question"],
-                score=entry["score"],
-                turn=entry.get("turn", 1),
-                choice=entry.get("choice", 0),
-            )
-            for entry in self.lines()
-            if wanted.items() <= entry.items()
-        ]
-
-
-@functools.cache
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _place(score: QuestionScore) -> str:
-    """Which turn and choice a score is of, where a question may have several."""
-    turn = f', "turn": {score.turn}' if score.turn != 1 else ""
-    return turn + (f', "choice": {score.choice}' if score.choice else "")
-
-
-def _line(entry: Mapping[str, Any]) -> str:
-    return json.dumps(entry, ensure_ascii=False) + "\n"
-
-
 class MergeStudy:
-    """An Optuna study in `output_dir/study.db`, created or resumed, and held by one process at a time.
+    """An Optuna study, created, resumed or joined.
 
     Args:
-        output_dir: an existing folder.
-        identity: what makes it the same study: every setting that a score depends on, as plain JSON values.
-        ranges: name of each number that is searched, in a stable order → where it is searched.
-        sampler: a key of SAMPLERS.
-        seed: of the sampler.
-        first: the points of the first trials, perhaps outside of the ranges.
-        goals: how the scores of tasks make the score of a trial.
+        output_dir: folder of the run, which this process alone works in; None: the study is joined, and must be there.
+        plan: what it searches.
+        storage: address of a database; None: a file in `output_dir`.
+        name: of the study.
+        worker: what this process is called; MAIN if it began the study.
+        heartbeat: seconds between two signs of life.
+        trial_timeout: seconds that a trial may take; None: any.
 
     Raises:
-        StudyError: the folder holds a study of another identity, or a file that is none, or another process runs in it.
+        ConfigError: there is no such kind of storage.
+        StudyError: it is a study of another identity, no study, or in use by another process.
     """
 
     def __init__(
         self,
         *,
-        output_dir: Path,
-        identity: Mapping[str, Any],
-        ranges: Mapping[str, FloatDistribution],
-        sampler: str,
-        seed: int,
-        first: Sequence[Mapping[str, float]],
-        goals: Goals | None = None,
+        output_dir: Path | None,
+        plan: StudyPlan,
+        storage: str | None = None,
+        name: str = STUDY_NAME,
+        worker: str = MAIN,
+        heartbeat: float = 15.0,
+        trial_timeout: float | None = None,
     ) -> None:
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._lock = _lock(output_dir)
-        self._ranges = dict(ranges)
-        self._first = list(first)
-        self._goals = goals or {}
-        self.scores = ScoreLog(output_dir / "scores.jsonl")
-        self._storage: RDBStorage | None = None
+        self.plan = plan
+        self.trial_timeout = trial_timeout
+        self._name = name
+        self._output = output_dir
+        self._worker = worker
+        self._heartbeat: Heartbeat | None = None
+        self._opened: RDBStorage | None = None
+        self._logged: set[int] = set()  # numbers of the trials that are in scores.jsonl
+        self._lock = None if output_dir is None else _lock(output_dir)
         try:
-            self._storage = RDBStorage(f"sqlite:///{quote(str(output_dir / 'study.db'))}")
-            settings: dict[str, Any] = {
-                "study_name": STUDY_NAME,
-                "storage": self._storage,
-                "sampler": SeededSampler(name=sampler, seed=seed, search_space=ranges, first=first),
-                "direction": "maximize",
-            }
-            self._study = optuna.create_study(**settings, load_if_exists=True)
-            identity = json.loads(json.dumps(identity))
-            if self.recall("identity") not in (None, identity) and not self.n_finished:
-                # Nothing was scored that another configuration could spoil: what ended the first attempt was mended.
-                optuna.delete_study(study_name=STUDY_NAME, storage=self._storage)
-                self._study = optuna.create_study(**settings)
-            is_new = self._check_identity(output_dir, identity)
-            self._check_scores(is_new=is_new)
+            self._opened = open_storage(storage or file_url(_known(output_dir) / STUDY_FILE))
+            is_new = self._open()
+            self._queue = TrialQueue(self._study, self._opened, plan, worker=worker)
+            self._trials = self._queue.trials
+            self._begin(is_new=is_new)
+            study_id = self._opened.get_study_id_from_name(name)
+            self._heartbeat = Heartbeat(self._opened, study_id, worker=worker, interval=heartbeat)
         except STORAGE_ERRORS as error:
             self.close()
-            reason = " ".join(str(error).split())[:200]
-            raise StudyError(f"{output_dir / 'study.db'}: cannot be opened as a study: {reason}") from error
+            raise StudyError(f"{self._place}: cannot be opened as a study: {reason_of(error)}") from error
         except BaseException:
             self.close()
             raise
 
-    def _check_scores(self, *, is_new: bool) -> None:
-        """Drop the lines of no finished trial of this study; refuse if those of one are gone."""
-        finished = {trial.number for trial in self._trials(TrialState.COMPLETE)}
-        self.scores.keep(lambda line: not is_new and (line["trial"] is None or line["trial"] in finished))
-        lines = [line for line in self.scores.lines() if line["split"] == "search" and line["model"] == "merge"]
-        lost = finished - {line["trial"] for line in lines}
-        if lost:
-            raise StudyError(f"{self.scores.path}: lacks the scores of trial {min(lost)}: restore it, or begin anew")
+    @property
+    def _place(self) -> str:
+        return f"study {self._name}" if self._output is None else str(self._output / STUDY_FILE)
 
-    def _check_identity(self, output_dir: Path, identity: Mapping[str, Any]) -> bool:
-        """Refuse a study of another identity; true if the study is new."""
-        known = self._study.user_attrs.get("identity")
-        if known is None:
-            self._study.set_user_attr("identity", identity)
-            return True
+    def _open(self) -> bool:
+        """Load or create the study; true if it is new."""
+        n_objectives = max(len(self.plan.objectives), 1)
+        settings: dict[str, Any] = {
+            "study_name": self._name,
+            "storage": self._opened,
+            "directions": [StudyDirection.MAXIMIZE] * n_objectives,
+        }
+        if self._output is None:
+            self._study = optuna.load_study(study_name=self._name, storage=_known(self._opened))
+            return False
+        self._study = optuna.create_study(**settings, load_if_exists=True)
+        ended = self._study.get_trials(deepcopy=False, states=ENDED)
+        if self.recall("identity") not in (None, self._identity) and not ended:
+            # Nothing was scored that another configuration could spoil: what ended the first attempt was mended.
+            optuna.delete_study(study_name=self._name, storage=_known(self._opened))
+            self._study = optuna.create_study(**settings)
+        return self.recall("identity") is None
+
+    @property
+    def _identity(self) -> Any:
+        return json.loads(json.dumps(self.plan.identity))
+
+    def _begin(self, *, is_new: bool) -> None:
+        """Write down the first trials of a new study; refuse a study of another identity."""
+        known, identity = self.recall("identity"), self._identity
+        if self._output is None and known is None:
+            raise StudyError(f"{self._place}: is not begun yet: start the search first")
+        if is_new:
+            self._queue.begin()
+            self.remember("identity", known := identity)
         different = sorted(key for key in known.keys() | identity.keys() if known.get(key) != identity.get(key))
         if different:
             was = ", ".join(f"{key} was {known.get(key)!r} and is {identity.get(key)!r}" for key in different)
-            raise StudyError(f"{output_dir} holds a study of another configuration: {was}: name another --output_dir")
-        return False
+            place, advice = (self._name, "") if self._output is None else (self._output, ": name another --output_dir")
+            raise StudyError(f"{place} holds a study of another configuration: {was}{advice}")
+        if self._worker != MAIN:
+            self.remember(JOINED + self._worker, True)
+        if self._output is not None:
+            self.scores = ScoreLog(self._output / "scores.jsonl")
+            self._check_scores(is_new=is_new)
+
+    def _check_scores(self, *, is_new: bool) -> None:
+        """Drop the lines of no finished trial of this study, and add those that a kill kept out."""
+        finished = {
+            trial.number: len(unpacked(trial.user_attrs["scores"])) for trial in self._trials(TrialState.COMPLETE)
+        }
+        kept = self.scores.keep(lambda line: not is_new and (line["trial"] is None or line["trial"] in finished))
+        counts: dict[int, int] = {}
+        for line in kept:
+            if _is_searched(line):
+                counts[line["trial"]] = counts.get(line["trial"], 0) + 1
+        torn = {number for number, count in counts.items() if count != finished[number]}
+        if torn:
+            self.scores.keep(lambda line: not _is_searched(line) or line["trial"] not in torn)
+        self._logged = counts.keys() - torn
+        self.collect()
+
+    def collect(self) -> None:
+        """Write what was scored since the last time, here or by other workers, to scores.jsonl."""
+        if self._output is None:
+            return
+        for trial in self._trials(TrialState.COMPLETE):
+            if trial.number not in self._logged:
+                scores = unpacked(trial.user_attrs["scores"])
+                self.scores.append(scores, model="merge", trial=trial.number, split="search")
+                self._logged.add(trial.number)
 
     def close(self) -> None:
-        """Let another process have the folder."""
-        if self._storage is not None:
-            self._storage.remove_session()
-            self._storage.engine.dispose()
-        self._lock.release()
+        """Let other processes have the folder, and the trial that was not ended."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        if self._opened is not None:
+            self._opened.remove_session()
+            self._opened.engine.dispose()
+        if self._lock is not None:
+            self._lock.release()
 
-    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        return self._study.get_trials(deepcopy=False, states=states)
+    def trials(self) -> list[FrozenTrial]:
+        """All trials, as Optuna has them."""
+        return self._trials()
 
     @property
     def n_finished(self) -> int:
-        """Number of trials that were scored or have failed."""
-        return len(self._trials(TrialState.COMPLETE, TrialState.FAIL))
+        """Number of trials that were scored or stopped, or have failed."""
+        return len(self._trials(*ENDED))
+
+    def n_open(self, n_trials: int) -> int:
+        """Number of trials, of so many, that are begun or wait to be."""
+        return sum(trial.number < n_trials for trial in self._trials(TrialState.RUNNING, TrialState.WAITING))
 
     @property
     def n_first(self) -> int:
         """How many trials are of given points."""
-        return len(self._first)
+        return len(self.plan.first)
 
     def remember(self, key: str, value: Any) -> None:
         """Keep a plain JSON value with the study."""
@@ -249,6 +221,10 @@ class MergeStudy:
         """All scored trials, by number."""
         return [_result(trial) for trial in self._trials(TrialState.COMPLETE)]
 
+    def search_scores(self, number: int) -> list[QuestionScore]:
+        """What a trial got, question by question; of one that was stopped as far as it went."""
+        return unpacked(self._trials()[number].user_attrs.get("scores", []))
+
     def best(self) -> TrialResult:
         """The trial of the highest score; of equal ones the first.
 
@@ -260,60 +236,94 @@ class MergeStudy:
             raise RunError("no trial was scored, see the reasons above")
         return max(results, key=lambda result: (result.score, -result.number))
 
+    def recommended(self) -> Recommendation | None:
+        """The point that the sampler believes to be the best; None if no trial was scored."""
+        return recommend(self._trials(), self.plan.ranges, sampler=self.plan.sampler, n_first=self.n_first)
+
+    def claim(self, n_trials: int) -> Claim | None:
+        """A trial to run; None if none is left of so many."""
+        return self._queue.claim(n_trials)
+
     def run_trial(self, evaluate: Callable[[Mapping[str, float], int], Scored]) -> TrialResult | None:
-        """Run one trial: the one that a kill left unfinished, if there is one, else a new one.
+        """Claim a trial and run it.
+
+        Raises:
+            As `run`.
+        """
+        claim = self.claim(1 << 62)
+        return None if claim is None else self.run(claim, evaluate)
+
+    def run(self, claim: Claim, evaluate: Callable[[Mapping[str, float], int], Scored]) -> TrialResult | None:
+        """Run a trial that was claimed.
 
         Args:
+            claim: by this process.
             evaluate: weights and the trial's number → a score for each question.
 
         Returns:
-            None if the trial failed; it is recorded as failed, with its weights and the reason.
+            None if there is no score: it failed, was stopped early, or another worker has it by now. What failed is
+            recorded as failed, with its weights and the reason.
 
         Raises:
             RunError: the last trials all failed, or this one did and must not be given up: a baseline, or a trial that
                 ran out of memory, of disk or of what the judge may cost. It is run again by the next process.
         """
-        unfinished = self._trials(TrialState.RUNNING)
-        trial = Trial(self._study, unfinished[0]._trial_id) if unfinished else self._study.ask()
-        weights = self._weights(trial)
         started = time.monotonic()
+        beating = _known(self._heartbeat)
+        beating.begin(claim.id, limit=self.trial_timeout, hung=lambda: self._hangs(claim))
         try:
-            scored = evaluate(weights, trial.number)
-            scores = scored.scores
-            score = mean_score(scores, self._goals)
+            scored = evaluate(claim.weights, claim.number)
+            score = mean_score(scored.scores, self.plan.goals)
             if score is None:
-                unscored = ", ".join(task for task, mean in task_scores(scores).items() if mean is None)
+                unscored = ", ".join(task for task, mean in task_scores(scored.scores).items() if mean is None)
                 raise RunError(f"no question could be scored, of {unscored or 'no task'}")
+        except TrialStopped as stopped:
+            self._end(claim, TrialState.PRUNED, stopped.scores, {"stopped": str(stopped)}, started)
+            return None
         except (InputError, StopError):  # a model was changed meanwhile, a judge has gone: nothing is recorded
             raise
         except Exception as error:
-            if trial.number < len(BASELINES) or isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
-                raise RunError(f"trial {trial.number}: {_reason(error)}") from error
-            self._fail(trial, error)
+            if claim.number < len(BASELINES) or isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
+                raise RunError(f"trial {claim.number}: {_reason(error)}") from error
+            self._fail(claim, error, started)
             return None
-        trial.set_user_attr("task_scores", task_scores(scores))
-        for key, fact in scored.facts.items():
-            trial.set_user_attr(key, fact)
-        trial.set_user_attr("seconds", round(time.monotonic() - started, 3))
-        self.scores.append(scores, model="merge", trial=trial.number, split="search")
-        self._study.tell(trial, score)
-        return TrialResult(number=trial.number, weights=weights, score=score)
+        finally:
+            beating.end()
+        facts = {"task_scores": task_scores(scored.scores), **scored.facts}
+        if not self._end(claim, TrialState.COMPLETE, scored.scores, facts, started, score=score):
+            return None
+        return TrialResult(number=claim.number, weights=claim.weights, score=score)
 
-    def _weights(self, trial: Trial) -> dict[str, float]:
-        point = self._first[trial.number] if trial.number < len(self._first) else None
-        if point is not None and not all(r.low <= point[name] <= r.high for name, r in self._ranges.items()):
-            # A baseline outside of the ranges cannot be Optuna's parameters of them.
-            trial.set_user_attr("weights", dict(point))
-            return dict(point)
-        return {name: trial.suggest_float(name, r.low, r.high, log=r.log) for name, r in self._ranges.items()}
+    def _end(
+        self,
+        claim: Claim,
+        state: TrialState,
+        scores: Sequence[QuestionScore],
+        facts: Mapping[str, Any],
+        started: float,
+        *,
+        score: float | None = None,
+    ) -> bool:
+        seconds = time.monotonic() - started
+        ended = self._queue.end(claim, state, scores=scores, facts=facts, seconds=seconds, score=score)
+        self.collect()
+        return ended
 
-    def _fail(self, trial: Trial, error: Exception) -> None:
-        reason = _reason(error)
-        trial.set_user_attr("failure", reason)
-        self._study.tell(trial, state=TrialState.FAIL)
-        last = self._trials(TrialState.COMPLETE, TrialState.FAIL)[-MAX_FAILURES_IN_A_ROW:]
+    def _fail(self, claim: Claim, error: Exception, started: float) -> None:
+        self._end(claim, TrialState.FAIL, [], {"failure": _reason(error)}, started)
+        last = self._trials(*ENDED)[-MAX_FAILURES_IN_A_ROW:]
         if len(last) == MAX_FAILURES_IN_A_ROW and all(t.state == TrialState.FAIL for t in last):
-            raise RunError(f"{MAX_FAILURES_IN_A_ROW} trials in a row failed, the last with {reason}") from error
+            raise RunError(f"{MAX_FAILURES_IN_A_ROW} trials in a row failed, the last with {_reason(error)}") from error
+
+    def _hangs(self, claim: Claim) -> None:
+        """Record that a trial hangs; a baseline is run again by the next process."""
+        if claim.number >= len(BASELINES):
+            failure = f"it took over {self.trial_timeout:g} s and hung"
+            self._queue.end(claim, TrialState.FAIL, scores=[], facts={"failure": failure}, seconds=0.0)
+
+    def release(self) -> None:
+        """Have another worker run the trial that this one will not end."""
+        self._queue.release()
 
 
 def _reason(error: Exception) -> str:
@@ -321,9 +331,17 @@ def _reason(error: Exception) -> str:
 
 
 def _result(trial: FrozenTrial) -> TrialResult:
-    weights = trial.user_attrs.get("weights", trial.params)
-    assert trial.value is not None, "a complete trial has a value"
-    return TrialResult(number=trial.number, weights=weights, score=trial.value)
+    attributes = trial.user_attrs
+    return TrialResult(number=trial.number, weights=attributes["weights"], score=attributes["score"])
+
+
+def _is_searched(line: Mapping[str, Any]) -> bool:
+    return (line["split"], line["model"]) == ("search", "merge")
+
+
+def _known(value: _Value | None) -> _Value:
+    assert value is not None, "it is opened by then"
+    return value
 
 
 def _lock(output_dir: Path) -> FileLock:

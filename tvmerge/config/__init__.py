@@ -5,6 +5,7 @@ from tvmerge.config.merge import ApplyConfig, MergeConfig
 from tvmerge.config.moe import MoeConfig
 from tvmerge.config.mt_bench import MtBenchConfig, PlanConfig
 from tvmerge.config.search import SearchConfig
+from tvmerge.config.worker import WorkerConfig
 
 __all__ = [
     "ALIASES",
@@ -17,6 +18,7 @@ __all__ = [
     "MtBenchConfig",
     "PlanConfig",
     "SearchConfig",
+    "WorkerConfig",
 ]
 
 #: Settings that take several values on the command line: `--tuned_model a b`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +23,9 @@ class SearchConfig(ExpertsConfig):
     Args:
         weight_min: least weight searched
         weight_max: greatest weight searched
-        optuna_sampler: how the search chooses the next weights
+        optuna_sampler: how the search chooses the next weights; TPE, CMA-ES, RSM, sep-CMA-ES, GP, NSGA-II, GA, random,
+            QMC, or module:Class of a sampler of your own
+        search: guided starts at the best single weight and stays near it, flat takes the whole range
         n_trials: trials in all, those of an earlier run with the same output_dir counted in
         optuna_seed: seed of the sampler
         holdout: share of the questions of each kind that the search never sees, to judge the best model on
@@ -32,16 +35,26 @@ class SearchConfig(ExpertsConfig):
             halves them until they fit in memory
         device: where the model runs: auto, cpu, cuda, cuda:1, ...
         output_dir: folder of this run; the best model is saved in output_dir/best
+        storage: address of a database that workers on other machines reach, as postgresql+psycopg://user@host/database;
+            default is a file in output_dir
+        study_name: of the study in storage; default is the name of output_dir
+        heartbeat: seconds between two signs of life of a worker; one that misses four is taken for dead, and its trial
+            is run again
+        trial_timeout: seconds that a trial may take; a longer one fails
     """
 
     #: Settings that change where or how long a run runs, and no score: a study may be resumed with others.
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset(
-        {"n_trials", "cache_dir", "output_dir", "delta_storage", "save_experts", "gate_prompts"}
+        {
+            *("n_trials", "cache_dir", "output_dir", "delta_storage", "save_experts", "gate_prompts"),
+            *("storage", "study_name", "heartbeat", "trial_timeout"),
+        }
     )
 
     weight_min: float = 0.0
     weight_max: float = 2.0
-    optuna_sampler: Literal["TPE", "CMA-ES", "RSM"] = "TPE"
+    optuna_sampler: str = "RSM"
+    search: Literal["guided", "flat"] = "guided"
     n_trials: int = 100
     optuna_seed: int = 42
     holdout: float = 0.3
@@ -50,6 +63,10 @@ class SearchConfig(ExpertsConfig):
     batch_size: int | str = 16
     device: str = "auto"
     output_dir: str = "output"
+    storage: str | None = None
+    study_name: str | None = None
+    heartbeat: float = 15.0
+    trial_timeout: float | None = None
 
     def check_search(self) -> None:
         """Check every setting of the search that can be checked without opening anything.
@@ -70,6 +87,10 @@ class SearchConfig(ExpertsConfig):
             )
         if isinstance(self.batch_size, str) and self.batch_size != "auto":
             raise ConfigError(f"--batch_size must be a whole number or auto, got {self.batch_size!r}")
+        for name in ("heartbeat", "trial_timeout"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"--{name} must be more than 0 seconds, got {value}")
         for name, least in (("n_trials", 2), ("optuna_seed", 0), ("question_seed", 0), ("batch_size", 1)):
             if getattr(self, name) != "auto":
                 self.check_whole(name, least=least)

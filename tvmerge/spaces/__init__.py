@@ -21,7 +21,10 @@ from tvmerge.state_dict import StateDict
 from tvmerge.study import TrialResult
 from tvmerge.vocabulary import vocabulary_digest
 
-__all__ = ["Column", "Proven", "Space"]
+__all__ = ["RECOMMENDED", "Column", "Proven", "Space"]
+
+#: What scores.jsonl calls the model that is recommended, of no trial.
+RECOMMENDED = "recommended"
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,24 @@ class Column:
     model: str  # as scores.jsonl calls it
     trial: int | None  # None: no trial's model
     state_dict: StateDict
+    weights: Mapping[str, float] | None = None  # None: it has none, as the tuned model
 
 
 @dataclass(frozen=True)
 class Proven:
-    """The trials whose models are in the table."""
+    """The points whose models are in the table."""
 
     zero: TrialResult
     one: TrialResult
     best_uniform: TrialResult
     uniform_weight: float  # of best_uniform
-    best: TrialResult
+    best: TrialResult  # the one of the highest score
+    recommended: Mapping[str, float] | None  # None: it is the point of the best trial
+
+    @property
+    def point(self) -> Mapping[str, float]:
+        """The one that is recommended."""
+        return self.best.weights if self.recommended is None else self.recommended
 
 
 class Space(ABC):
@@ -92,10 +102,10 @@ class Space(ABC):
 
     @abstractmethod
     def columns(self, proven: Proven, single: Column | None) -> list[Column]:
-        """The models of the table, in order, the best last; `single` is the best of `singles`."""
+        """The models of the table, in order, the recommended last; `single` is the best of `singles`."""
 
-    def singles(self, best: TrialResult) -> list[Column]:
-        """Parts of a model that could do as well alone."""
+    def singles(self, point: Mapping[str, float]) -> list[Column]:
+        """Parts of the model at a point that could do as well alone."""
         return []
 
     @abstractmethod
@@ -107,8 +117,8 @@ class Space(ABC):
         return ""
 
     @abstractmethod
-    def recipe(self, best: TrialResult, **more: Any) -> Recipe:
-        """What rebuilds the model of a trial."""
+    def recipe(self, weights: Mapping[str, float], **more: Any) -> Recipe:
+        """What rebuilds the model at a point."""
 
     @abstractmethod
     def write(self, recipe: Recipe, folder: Path) -> None:
@@ -153,14 +163,14 @@ class Space(ABC):
             **({"tokens": tokens} if config.vocabulary != "same" else {}),
         }
 
-    def _recipe(self, best: TrialResult, **more: Any) -> Recipe:
+    def _recipe(self, weights: Mapping[str, float], **more: Any) -> Recipe:
         settings = self.settings
         entries = source_entries(self.sources, vocabulary=settings.vocabulary)
         return Recipe(
             target=entries["target"],
             task_vectors=entries["task_vectors"],
             granularity=settings.grouping.granularity,
-            weights=dict(best.weights),
+            weights=dict(weights),
             weight_groups=dict(settings.grouping.weight_groups),
             freeze=list(settings.grouping.freeze),
             method=settings.method,
@@ -175,7 +185,18 @@ class Space(ABC):
 
     def trial_column(self, label: str, result: TrialResult) -> Column:
         """The model of a trial."""
-        return Column(label, "merge", result.number, self.at(result.weights))
+        return Column(label, "merge", result.number, self.at(result.weights), result.weights)
+
+    def best_columns(self, proven: Proven) -> list[Column]:
+        """The best trial, and what is recommended if it is another model."""
+        best = self.trial_column(f"best trial ({proven.best.number})", proven.best)
+        if proven.recommended is None:
+            return [best]
+        again = proven.best.number == proven.best_uniform.number  # which is in the table already
+        return [
+            *([] if again else [best]),
+            Column("recommended", RECOMMENDED, None, self.at(proven.recommended), proven.recommended),
+        ]
 
 
 def _weights(model: Header) -> str:

@@ -16,7 +16,6 @@ from tvmerge.recipe import Recipe
 from tvmerge.sources import open_sources
 from tvmerge.spaces import Column, Proven, Space
 from tvmerge.state_dict import StateDict
-from tvmerge.study import TrialResult
 from tvmerge.writer import model_files
 
 __all__ = ["DenseSpace"]
@@ -59,7 +58,7 @@ class DenseSpace(Space):
         )
 
     def columns(self, proven: Proven, single: Column | None) -> list[Column]:
-        """The target, the tuned models, the merges of one weight for all, and the best."""
+        """The target, the tuned models, the merges of one weight for all, the best trial, and what is recommended."""
         tuned = [(entry, self.sources.tuned_state_dict(entry, self.settings)) for entry in self.sources.tuned]
         several = len(tuned) > 1
         return [
@@ -71,16 +70,16 @@ class DenseSpace(Space):
             ),
             self.trial_column("uniform 1", proven.one),
             self.trial_column(f"best uniform ({proven.uniform_weight:g})", proven.best_uniform),
-            self.trial_column("best", proven.best),
+            *self.best_columns(proven),
         ]
 
     def nothing_gained(self) -> str:
         """The target is the best."""
         return "Nothing that was tried scored higher than the target: the best merge is the target itself."
 
-    def recipe(self, best: TrialResult, **more: Any) -> Recipe:
+    def recipe(self, weights: Mapping[str, float], **more: Any) -> Recipe:
         """Sources, grouping and weights."""
-        return self._recipe(best, **more)
+        return self._recipe(weights, **more)
 
     def write(self, recipe: Recipe, folder: Path) -> None:
         """Write the merge."""

@@ -41,7 +41,6 @@ from tvmerge.router import PROMPTED, ExpertPrompts, drawn_gates, router_digest
 from tvmerge.sources import open_sources
 from tvmerge.spaces import Column, Proven, Space
 from tvmerge.state_dict import Array, StateDict
-from tvmerge.study import TrialResult
 from tvmerge.writer import model_files
 
 __all__ = ["TEMPERATURES", "MixtureSpace"]
@@ -156,12 +155,12 @@ class MixtureSpace(Space):
         write_bytes(self._router_file, content.getvalue())
         keep("router", router_digest(self._mixture.router))
 
-    def singles(self, best: TrialResult) -> list[Column]:
-        """Each expert of the best mixture, as a model of its own."""
+    def singles(self, point: Mapping[str, float]) -> list[Column]:
+        """Each expert of the mixture at a point, as a model of its own."""
         united = " united" if self.sources.united is not None else ""
-        experts = [self._mixture.expert(n, best.weights) for n in range(len(self._merges))]
+        experts = [self._mixture.expert(n, point) for n in range(len(self._merges))]
         return [
-            Column(f"best expert ({n}){united}", f"expert{n}", best.number, self._mixture.alone(expert))
+            Column(f"best expert ({n}){united}", f"expert{n}", None, self._mixture.alone(expert))
             for n, expert in enumerate(experts, start=1)
         ]
 
@@ -183,7 +182,7 @@ class MixtureSpace(Space):
             self.trial_column("MoE at 1", proven.one),
             self.trial_column(f"best uniform MoE ({proven.uniform_weight:g})", proven.best_uniform),
             *([] if single is None else [single]),
-            self.trial_column("best MoE", proven.best),
+            *self.best_columns(proven),
         ]
 
     def nothing_gained(self) -> str:
@@ -197,7 +196,7 @@ class MixtureSpace(Space):
             "find better ones for it."
         )
 
-    def recipe(self, best: TrialResult, **more: Any) -> Recipe:
+    def recipe(self, weights: Mapping[str, float], **more: Any) -> Recipe:
         """Sources, grouping and weights, and how the experts become one model."""
         entries = source_entries(self.sources, vocabulary=self.settings.vocabulary)
         mixture = MixtureRecipe(
@@ -207,7 +206,7 @@ class MixtureSpace(Space):
             router=router_digest(self._mixture.router),
             **asdict(self._mixture_settings),
         )
-        return self._recipe(best, mixture=mixture, **more)
+        return self._recipe(weights, mixture=mixture, **more)
 
     def write(self, recipe: Recipe, folder: Path) -> None:
         """Write the mixture, and its experts if they are asked for."""

@@ -1,0 +1,139 @@
+"""Signs of life: how workers of one study tell that another one has died, and take over its trial.
+
+A worker leaves a sign with its trial every so often. One whose sign does not change over MISSES looks is taken for
+dead, and its trial is to be run again. It is looks that are counted and not seconds, so that neither clocks that
+differ nor the sleep of the one who looks can make a living worker dead. Nothing breaks if one that was only frozen
+wakes up: a trial is a function of its weights, it ends once, and whoever comes late is told.
+
+Optuna's own heartbeat is for `study.optimize`, and by the database's clock.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+
+from tvmerge.storage import STORAGE_ERRORS
+
+__all__ = ["MAX_REPEATS", "MISSES", "Heartbeat", "hand_back"]
+
+#: Looks without a new sign after which a worker counts as dead.
+MISSES = 4
+#: How often a trial is run again whose worker has died: one that kills every worker must not go around for ever.
+MAX_REPEATS = 2
+#: Seconds beyond the limit of a trial after which its process is ended, as it hangs where nothing can interrupt it.
+HANGING = 30.0
+#: Status of a process that ended itself; EX_TEMPFAIL of sysexits.h: what is run again may succeed.
+HUNG_STATUS = 75
+
+
+class Heartbeat:
+    """A thread that leaves signs of life with one trial and looks for those of others.
+
+    Args:
+        storage: of the study.
+        study_id: its number in there.
+        worker: what this worker is called.
+        interval: seconds between two signs.
+    """
+
+    def __init__(self, storage: RDBStorage, study_id: int, *, worker: str, interval: float) -> None:
+        self._storage = storage
+        self._study_id = study_id
+        self._worker = worker
+        self._interval = interval
+        self._trial: int | None = None
+        self._deadline: float | None = None
+        self._hung: Callable[[], None] | None = None
+        self._seen: dict[int, tuple[object, int]] = {}  # trial → its last sign, and looks since that changed
+        self._n_signs = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def begin(self, trial_id: int, *, limit: float | None = None, hung: Callable[[], None] | None = None) -> None:
+        """Leave signs with this trial from now on.
+
+        Args:
+            trial_id: its number in the storage.
+            limit: seconds that it may take.
+            hung: what is to be done before the process is ended if it takes much longer than that.
+        """
+        self._hung = hung
+        self._deadline = None if limit is None else time.monotonic() + limit + HANGING
+        self._trial = trial_id
+
+    def end(self) -> None:
+        """Leave no more signs."""
+        self._trial = self._deadline = None
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval):
+            try:
+                self._beat()
+                self._look()
+            except UpdateFinishedTrialError:  # it was finished meanwhile
+                pass
+            except STORAGE_ERRORS:  # the next time, perhaps: the run itself says it if the storage has gone
+                pass
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                self._end_process()
+        self._storage.remove_session()
+
+    def _beat(self) -> None:
+        trial = self._trial
+        if trial is not None:
+            self._n_signs += 1
+            self._storage.set_trial_user_attr(trial, "beat", f"{self._worker}:{self._n_signs}")
+
+    def _look(self) -> None:
+        running = self._storage.get_all_trials(self._study_id, deepcopy=False, states=(TrialState.RUNNING,))
+        others = [trial for trial in running if trial.user_attrs.get("worker") != self._worker]
+        seen: dict[int, tuple[object, int]] = {}
+        for trial in others:
+            sign = trial.user_attrs.get("worker"), trial.user_attrs.get("beat")
+            last, misses = self._seen.get(trial._trial_id, (None, 0))
+            misses = misses + 1 if last == sign else 0
+            if misses < MISSES:
+                seen[trial._trial_id] = sign, misses
+                continue
+            hand_back(self._storage, trial, reason=f"its worker {sign[0]} gave no sign of life")
+        self._seen = seen
+
+    def _end_process(self) -> None:
+        if self._hung is not None:
+            self._hung()
+        print("\nthe trial hangs where nothing can interrupt it: this process ends itself", file=sys.stderr, flush=True)
+        os._exit(HUNG_STATUS)
+
+
+def hand_back(storage: RDBStorage, trial: FrozenTrial, *, reason: str) -> bool:
+    """Have a trial run again, or fail it if it was run again MAX_REPEATS times.
+
+    Returns:
+        Whether it will be run again.
+    """
+    repeats = int(trial.user_attrs.get("repeats", 0))
+    try:
+        if repeats >= MAX_REPEATS:
+            text = f"it was begun {repeats + 1} times and never ended: {reason}"
+            storage.set_trial_user_attr(trial._trial_id, "failure", text)
+            storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            return False
+        storage.set_trial_user_attr(trial._trial_id, "repeats", repeats + 1)
+        storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+    except UpdateFinishedTrialError:  # somebody was faster
+        return False
+    return True

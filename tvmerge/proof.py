@@ -1,0 +1,213 @@
+"""What a search has found, proven on questions that it did not see: the table, the choice, the saved model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tvmerge.errors import CheckpointError, RecipeError, RunError, TvmergeError
+from tvmerge.evaluators import Evaluator, Goals, QuestionScore, TaskGoal, mean_score, task_scores
+from tvmerge.files import staged_directory, write_text
+from tvmerge.judging import trial_name
+from tvmerge.progress import RunProgress
+from tvmerge.rebuild import library_versions
+from tvmerge.recipe import Recipe
+from tvmerge.report.card import model_card
+from tvmerge.report.tables import score_table, verdict
+from tvmerge.results import Candidate, Results
+from tvmerge.samplers import Recommendation
+from tvmerge.scoring import Scorer, uniform_points
+from tvmerge.search import paired_gain
+from tvmerge.spaces import RECOMMENDED, Column, Proven, Space
+
+__all__ = ["Proof", "choose"]
+
+#: How the names begin of models in scores.jsonl that are of the recommended point.
+OF_RECOMMENDED = (RECOMMENDED, "expert")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """The last part of a run.
+
+    Args:
+        scorer: whose trials are all done.
+        output: folder of the run.
+        progress: where it is shown.
+    """
+
+    scorer: Scorer
+    output: Path
+    progress: RunProgress
+    known: dict[tuple[str, int | None, str], list[QuestionScore]] = field(default_factory=dict)  # what is in the log
+
+    def prove(self) -> list[Candidate]:
+        """Score all models of the table on the held-out questions; what was scored before is not again."""
+        recommendation = self._recommended()
+        # What was scored of another recommendation says nothing of this one.
+        weights = None if recommendation is None else dict(recommendation.point)
+        study = self.scorer.study
+        if study.recall("recommended") != weights:
+            study.scores.keep(lambda line: not line["model"].startswith(OF_RECOMMENDED))
+            study.remember("recommended", weights)
+        self.known.update(study.scores.by_model())
+        columns = self._columns(recommendation)
+        return [self._candidate(column) for column in columns]
+
+    def _recommended(self) -> Recommendation | None:
+        """What is recommended, if it is no trial's model."""
+        found = self.scorer.study.recommended()
+        tried = [result.weights for result in self.scorer.study.results()]
+        return None if found is None or dict(found.point) in tried else found
+
+    def _candidate(self, column: Column) -> Candidate:
+        scores = self._scores(column, self._split)
+        search = self.known.get((column.model, column.trial, "search"), [])
+        return Candidate(column.label, scores, search=search, weights=column.weights, trial=column.trial)
+
+    @property
+    def _split(self) -> str:
+        return "search" if self.scorer.questions.heldout is None else "heldout"
+
+    def _scores(self, column: Column, split: str) -> list[QuestionScore]:
+        """The scores of a model on a split of the questions, from the log if they are there."""
+        questions, study = self.scorer.questions, self.scorer.study
+        evaluator = questions.search if split == "search" else questions.heldout
+        assert evaluator is not None, "nobody asks for what is not held out"
+        scores = self.known.get((column.model, column.trial, split), [])
+        if len(scores) == evaluator.n_scores:
+            return scores
+        measured = self._measured(column, evaluator, split)
+        study.scores.replace(measured, model=column.model, trial=column.trial, split=split)
+        self.known[column.model, column.trial, split] = measured
+        return measured
+
+    def _measured(self, column: Column, evaluator: Evaluator, split: str) -> list[QuestionScore]:
+        what = f"{split} {column.label}"
+        name = _name(column) + ("" if self.scorer.questions.heldout is None or split == "search" else "-heldout")
+        try:
+            return list(self.scorer.score(column.state_dict, evaluator, self.progress, name=name, what=what).scores)
+        except (TvmergeError, OSError):
+            raise
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RunError(f"{what}: {reason}; the same command goes on") from error
+
+    def _columns(self, recommendation: Recommendation | None) -> list[Column]:
+        """The models of the table, in order."""
+        study, space = self.scorer.study, self.scorer.space
+        results = {result.number: result for result in study.results()}
+        uniform = [results[n] for n in range(study.n_first) if n in results]
+        best_uniform = max(uniform, key=lambda result: (result.score, -result.number))
+        proven = Proven(
+            zero=results[0],
+            one=results[1],
+            best_uniform=best_uniform,
+            uniform_weight=uniform_points(self.scorer.config)[best_uniform.number],
+            best=study.best(),
+            recommended=None if recommendation is None else recommendation.point,
+        )
+        # The best part is chosen by what the search has seen, as the whole was.
+        singles = space.singles(proven.point)
+        goals = self.scorer.questions.goals
+        searched = [mean_score(self._scores(each, "search"), goals) for each in singles]
+        known = [n for n, score in enumerate(searched) if score is not None]
+        single = singles[max(known, key=lambda n: (searched[n], -n))] if known else None
+        return space.columns(proven, single)
+
+    def save(self, candidates: Sequence[Candidate], results: Results) -> Results:
+        """Choose one of the models, write it down, and say how good it is.
+
+        Args:
+            candidates: of `prove`.
+            results: of the run, as far as they are known.
+
+        Returns:
+            All of them.
+        """
+        space, questions = self.scorer.space, self.scorer.questions
+        goals, heldout = questions.goals, questions.heldout is not None
+        chosen, reason = choose(candidates, goals)
+        best = candidates[chosen]
+        assert best.weights is not None, "only a merge is chosen"
+        table = score_table(candidates, goals, questions.categories)
+        others = [each for each in candidates if each is not best]
+        words = [
+            questions.explanation,
+            reason,
+            verdict(best, others, heldout=heldout, goals=goals),
+            space.explanation(),
+        ]
+        text = "\n\n".join(part for part in words if part)
+        recipe = space.recipe(best.weights, score=self._score_entry(best), versions=library_versions())
+        folder = self.output / "best"
+        if not _is_written(space, recipe, folder):
+            with staged_directory(folder, replace=True) as staging:
+                space.write(recipe, staging)
+                card = model_card(recipe, table=table, verdict_text=text, weights=best.weights)
+                write_text(staging / "README.md", card)
+        print(f"\n{table}\n\n{text}\n")
+        print(f"The saved {space.noun} is {best.label}, of {self.scorer.study.n_finished} trials; it is in {folder}")
+        return Results(**{**vars(results), "candidates": candidates, "chosen": chosen, "table": table, "verdict": text})
+
+    def _score_entry(self, best: Candidate) -> dict[str, Any]:
+        """What a recipe says of its score."""
+        goals = self.scorer.questions.goals
+        searched = {result.number: result.score for result in self.scorer.study.results()}
+        return {
+            "trial": best.trial,
+            **({} if best.trial is None else {"search": searched[best.trial]}),
+            self._split: mean_score(best.scores, goals),
+            f"{self._split}_tasks": _metrics(best.scores, goals),
+        }
+
+
+def choose(candidates: Sequence[Candidate], goals: Goals) -> tuple[int, str]:
+    """Which model is saved: the last one, which is recommended, unless another merge is clearly better.
+
+    Args:
+        candidates: models of the table; those with weights can be chosen.
+        goals: how scores make the score of a model.
+
+    Returns:
+        Its index, and a sentence if it is not the last.
+    """
+    last = len(candidates) - 1
+    better = [
+        n
+        for n, rival in enumerate(candidates[:-1])
+        if rival.weights is not None
+        and (gain := paired_gain(candidates[last].scores, rival.scores, goals)) is not None
+        and gain.is_clear
+        and gain.mean < 0
+    ]
+    if not better:
+        return last, ""
+    best = max(better, key=lambda n: (mean_score(candidates[n].scores, goals) or 0.0, -n))
+    return (
+        best,
+        f"The search recommends another merge, which is clearly worse than {candidates[best].label}: that is saved.",
+    )
+
+
+def _metrics(scores: Sequence[QuestionScore], goals: Goals) -> dict[str, float | None]:
+    means = task_scores(scores)
+    return {task: None if mean is None else goals.get(task, TaskGoal()).shown(mean) for task, mean in means.items()}
+
+
+def _name(column: Column) -> str:
+    """What a model's answers are called in FastChat's files."""
+    name = column.model.replace("/", "-")
+    if column.trial is None:
+        return name
+    return trial_name(column.trial) if column.model == "merge" else f"{name}-{trial_name(column.trial)}"
+
+
+def _is_written(space: Space, recipe: Recipe, folder: Path) -> bool:
+    """Whether a folder holds exactly this model, so that finishing twice writes once."""
+    try:
+        return space.is_whole(recipe, folder) and (folder / "README.md").is_file()
+    except (CheckpointError, RecipeError):  # not there, damaged, or not finished
+        return False

@@ -1,0 +1,119 @@
+"""Where a study is kept: a file beside the run, or a database that workers on several machines reach."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import quote
+
+import optuna
+from optuna.exceptions import OptunaError
+from optuna.storages import RDBStorage
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
+
+from tvmerge.errors import ConfigError, StudyError
+
+__all__ = [
+    "STORAGE_ERRORS",
+    "STUDY_FILE",
+    "STUDY_NAME",
+    "file_url",
+    "has_study",
+    "only_study",
+    "open_storage",
+    "reason_of",
+    "shown_url",
+]
+
+#: What the storage of a study raises, on a full disk for one.
+STORAGE_ERRORS = (SQLAlchemyError, OptunaError)
+STUDY_FILE = "study.db"
+#: What a study is called that is alone in its file.
+STUDY_NAME = "tvmerge"
+#: Seconds that a process waits for another one's write to a file.
+PATIENCE = 60
+
+
+def file_url(path: Path) -> str:
+    """The address of a study in a file."""
+    return f"sqlite:///{quote(str(path))}"
+
+
+def shown_url(url: str) -> str:
+    """An address without its password, which no file and no message may hold."""
+    return make_url(url).set(password=None).render_as_string()
+
+
+def open_storage(url: str) -> RDBStorage:
+    """Connect to a database.
+
+    Args:
+        url: as SQLAlchemy reads it, `postgresql+psycopg://user@host/database`.
+
+    Raises:
+        ConfigError: it is no address, or a package is missing that speaks to such a database.
+        StudyError: it cannot be reached, or holds something else.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        parsed = make_url(url)
+        is_file = parsed.get_backend_name() == "sqlite"
+        arguments = {"connect_args": {"timeout": PATIENCE}} if is_file else {"pool_pre_ping": True}
+        shown = (parsed.database or url) if is_file else shown_url(url)
+    except SQLAlchemyError as error:
+        raise ConfigError(
+            "--storage is no address of a database, write it as postgresql+psycopg://user@host/database"
+        ) from error
+    try:
+        return RDBStorage(url, engine_kwargs=arguments)
+    except ImportError as error:
+        driver = error.__cause__ or error
+        raise ConfigError(
+            f'--storage {shown}: {driver}: install it, as by pip install "tvmerge[postgresql]"'
+        ) from error
+    except SQLAlchemyError as error:
+        if "NoSuchModule" in type(error).__name__:
+            raise ConfigError(f"--storage {shown}: there is no such kind of database") from error
+        raise StudyError(f"{shown}: cannot be opened as a study: {reason_of(error)}") from error
+    except (OptunaError, RuntimeError) as error:  # a database of another version of Optuna
+        raise StudyError(f"{shown}: cannot be opened as a study: {reason_of(error)}") from error
+
+
+def only_study(storage: RDBStorage, *, shown: str) -> str:
+    """The name of the study in a storage that holds a single one.
+
+    Raises:
+        StudyError: it holds none, or several.
+    """
+    names = sorted(study.study_name for study in storage.get_all_studies())
+    if len(names) != 1:
+        which = f"one of them with --study_name: {', '.join(names)}" if names else "a run that has begun"
+        raise StudyError(f"{shown}: holds {len(names)} studies, name {which}")
+    return names[0]
+
+
+def has_study(url: str | None, output: Path, name: str) -> bool:
+    """Whether there is a study of this name already.
+
+    Args:
+        url: of a database; None: a file in `output`.
+        output: folder of the run.
+        name: of the study.
+
+    Raises:
+        ConfigError, StudyError: as `open_storage`.
+    """
+    if url is None:
+        return (output / STUDY_FILE).exists()
+    storage = open_storage(url)
+    try:
+        return name in {study.study_name for study in storage.get_all_studies()}
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def reason_of(error: Exception) -> str:
+    """Why a storage failed, in one line."""
+    inner = getattr(error, "orig", None) or error.__cause__ or error
+    return " ".join(str(inner).split())[:200]
