@@ -98,30 +98,3 @@ def _uniform(generator: np.random.Generator, weight: FloatDistribution) -> float
         return float(generator.uniform(weight.low, weight.high))
     drawn = math.exp(generator.uniform(math.log(weight.low), math.log(weight.high)))
     return min(max(drawn, weight.low), weight.high)  # which the rounding could leave
-
-
-class PointSampler:
-    """SHIM."""
-
-    def __init__(
-        self,
-        *,
-        name: str,
-        seed: int,
-        ranges: Mapping[str, FloatDistribution],
-        n_first: int,
-        guided: bool = True,
-        n_objectives: int = 1,
-    ) -> None:
-        self._args = name, seed, ranges, n_first
-
-    def point(self, trials: Sequence[FrozenTrial], number: int, *, stream: int = 0) -> dict[str, float]:
-        from tvmerge.samplers.observations import observe, start_point
-
-        name, seed, ranges, n_first = self._args
-        s = int(np.random.SeedSequence([seed, number] + ([stream] if stream else [])).generate_state(2)[0])
-        seen = observe(trials, ranges, n_first=n_first)
-        x = start_point(seen, number)
-        if x is None:
-            x = (cma_es if name == "CMA-ES" else rsm).propose(seen, np.random.default_rng(s))
-        return seen.space.point(x, ranges)
