@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from optuna.distributions import FloatDistribution
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from tvmerge.samplers import cma_es
 from tvmerge.samplers.observations import Observations, observe
 from tvmerge.samplers.rsm import believe
 
-__all__ = ["RECOMMEND", "Recommendation", "recommend"]
+__all__ = ["RECOMMEND", "Recommendation", "pareto_front", "recommend"]
 
 #: Of a normal distribution's middle 95%.
 Z95 = 1.959964
@@ -59,6 +59,20 @@ def recommend(
         return found
     low, high = found.interval
     return Recommendation(found.point, found.by, -found.score, (-high, -low))
+
+
+def pareto_front(trials: Sequence[FrozenTrial]) -> list[int]:
+    """The numbers of the scored trials that no other one is better than in all objectives, all of them maximised.
+
+    Of trials of the same values all are on the front. Those that were pruned, or have failed, are not.
+    """
+    scored = [t for t in trials if t.state == TrialState.COMPLETE and np.isfinite(t.values).all()]
+    values = np.array([t.values for t in scored])
+    return sorted(
+        t.number
+        for t, own in zip(scored, values, strict=True)
+        if not ((values >= own).all(axis=1) & (values > own).any(axis=1)).any()
+    )
 
 
 def _of_surface(
