@@ -35,7 +35,9 @@ def recommend(
     *,
     sampler: str = "RSM",
     n_first: int = 0,
+    n_objectives: int = 1,
     maximise: bool = True,
+    guided: bool = True,
     noise: float | None = None,
 ) -> Recommendation | None:
     """The point that a sampler believes to be the best.
@@ -45,13 +47,15 @@ def recommend(
         ranges: name → range, in a stable order.
         sampler: a key of RECOMMEND; any other recommends its best observed trial.
         n_first: how many trials the study gave the points of.
+        n_objectives: how many values a trial has; of several their score counts.
         maximise: whether a higher value is better.
+        guided: whether the search started with one weight for all.
         noise: standard deviation of a trial's score, if it is known.
 
     Returns:
         None if no trial was scored.
     """
-    seen = observe(trials, ranges, n_first=n_first, maximise=maximise)
+    seen = observe(trials, ranges, n_first=n_first, n_objectives=n_objectives, maximise=maximise, guided=guided)
     if not len(seen.scores):
         return None
     found = RECOMMEND.get(sampler, _best_observed)(seen, ranges, noise) or _best_observed(seen, ranges, noise)
