@@ -27,9 +27,10 @@ import optuna
 from merge import processor, row
 from optuna.distributions import FloatDistribution
 from optuna.samplers import BaseSampler, CmaEsSampler, TPESampler
+from optuna.trial import FrozenTrial, create_trial
 
-from tvmerge.samplers import SeededSampler, recommend
-from tvmerge.search import uniform_weights
+from tvmerge.samplers import SAMPLERS, PointSampler, recommend
+from tvmerge.search import BASELINES, uniform_weights
 
 __all__ = ["LANDSCAPES", "SEARCHES", "Found", "Landscape", "Search", "Shape", "search"]
 
@@ -144,16 +145,16 @@ class Landscape:
 class Search:
     """One way to choose the weights of trials, and what it recommends."""
 
-    sampler: str  # a key of SAMPLERS if the study starts with uniform weights
+    sampler: str  # a key of SAMPLERS
+    guided: bool = True
     plain: Callable[[int], BaseSampler] | None = None  # Optuna's own over the whole range, from the first trial on
 
 
 SEARCHES: Mapping[str, Search] = {
-    "RSM": Search("RSM"),
-    "CMA-ES": Search("CMA-ES"),
-    "TPE": Search("TPE"),
-    "plain TPE": Search("", lambda seed: TPESampler(seed=seed)),
-    "plain CMA-ES": Search("", lambda seed: CmaEsSampler(seed=seed, warn_independent_sampling=False)),
+    **{name: Search(name) for name in SAMPLERS},
+    **{f"flat {name}": Search(name, guided=False) for name in SAMPLERS},
+    "plain TPE": Search("", plain=lambda seed: TPESampler(seed=seed)),
+    "plain CMA-ES": Search("", plain=lambda seed: CmaEsSampler(seed=seed, warn_independent_sampling=False)),
 }
 
 
@@ -173,28 +174,58 @@ def weight_names(shape: Shape) -> list[str]:
     return [f"layers.{layer}{kind}" for layer in range(shape.layers) for kind in inner]
 
 
+def scored(number: int, weights: Mapping[str, float], score: float) -> FrozenTrial:
+    """A finished trial, as study.py keeps it."""
+    trial = create_trial(value=score, user_attrs={"weights": dict(weights)})
+    trial.number = number
+    return trial
+
+
+Chooser = Callable[[Sequence[FrozenTrial]], "dict[str, float]"]
+
+
+def chooser(way: Search, ranges: Mapping[str, FloatDistribution], *, seed: int) -> tuple[Chooser, int]:
+    """What chooses the weights of the next trial, and how many trials are given."""
+    if way.plain is not None:
+        study = optuna.create_study(direction="maximize", sampler=way.plain(seed))
+
+        def ask(trials: Sequence[FrozenTrial]) -> dict[str, float]:
+            if trials:
+                study.tell(len(trials) - 1, trials[-1].value)
+            trial = study.ask()
+            return {name: trial.suggest_float(name, r.low, r.high) for name, r in ranges.items()}
+
+        return ask, 0
+    first = [dict.fromkeys(ranges, weight) for weight in uniform_weights(weight_min=0.0, weight_max=2.0)]
+    first = first if way.guided else first[: len(BASELINES)]
+    sampler = PointSampler(name=way.sampler, seed=seed, ranges=ranges, n_first=len(first), guided=way.guided)
+    return lambda trials: first[len(trials)] if len(trials) < len(first) else sampler.point(trials, len(trials)), len(
+        first
+    )
+
+
 def search(landscape: Landscape, way: Search, *, seed: int, marks: Sequence[int]) -> list[Found]:
     """Run a study and say what it would recommend at each of `marks`."""
     ranges = dict.fromkeys(weight_names(landscape.shape), FloatDistribution(0.0, 2.0))
-    first = [dict.fromkeys(ranges, weight) for weight in uniform_weights(weight_min=0.0, weight_max=2.0)]
-    if way.plain is not None:
-        first, sampler = [], way.plain(seed)
-    else:
-        sampler = SeededSampler(name=way.sampler, seed=seed, search_space=ranges, first=first)
-    study = optuna.create_study(direction="maximize", sampler=sampler)
+    choose, n_first = chooser(way, ranges, seed=seed)
     best_uniform = max(landscape.truth(np.full(landscape.d, weight)) for weight in np.linspace(0, 2, 41))
     found, spent = [], 0.0
+    trials: list[FrozenTrial] = []
     for number in range(max(marks)):
         started = time.perf_counter()
-        trial = study.ask()
-        weights = [trial.suggest_float(name, r.low, r.high) for name, r in ranges.items()]
+        weights = choose(trials)
         spent += time.perf_counter() - started
-        study.tell(trial, landscape.trial(np.array(weights)))
-        if number + 1 in marks:
-            best = recommend(study.get_trials(deepcopy=False), ranges, sampler=way.sampler, n_first=len(first))
+        trials.append(scored(number, weights, landscape.trial(np.array(list(weights.values())))))
+        if number + 1 not in marks:
+            continue
+        claimed = max(trials, key=lambda trial: trial.value or 0.0)
+        point: Mapping[str, float] = claimed.user_attrs["weights"]
+        if way.plain is None:
+            best = recommend(trials, ranges, sampler=way.sampler, n_first=n_first, guided=way.guided)
             assert best is not None, "trials were scored"
-            truth = landscape.truth(np.array(list(best.point.values())))
-            found.append(Found(truth, best_uniform, study.best_value, spent / (number + 1)))
+            point = best.point
+        truth = landscape.truth(np.array(list(point.values())))
+        found.append(Found(truth, best_uniform, claimed.value or 0.0, spent / (number + 1)))
     return found
 
 
@@ -218,31 +249,25 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), error
 
 
-def draw_times(n_weights: int, n_trials: int, *, rounds: int) -> dict[str, float]:
+def draw_times(name: str, n_weights: int, n_trials: int, *, rounds: int) -> float:
     """Median milliseconds of a draw after that many finished trials of random scores, the first draw left out."""
     kinds = 9 if n_weights > 100 else 1
     names = [f"layers.{n // kinds}.kind{n % kinds}" for n in range(n_weights)]
     ranges = dict.fromkeys(names, FloatDistribution(0.0, 2.0))
     rng = np.random.default_rng(0)
-    study = optuna.create_study(direction="maximize")
-    for _ in range(n_trials):
-        params = dict(zip(names, rng.uniform(0.5, 1.5, n_weights).tolist(), strict=True))
-        study.add_trial(
-            optuna.trial.create_trial(params=params, distributions=dict(ranges), value=float(rng.normal(0.6, 0.03)))
-        )
-    times = {}
-    for name in ("RSM", "CMA-ES"):
-        study.sampler = SeededSampler(name=name, seed=0, search_space=ranges, first=[])
-        each = []
-        for _ in range(rounds + 1):
+    sampler = PointSampler(name=name, seed=0, ranges=ranges, n_first=0)
+    trials: list[FrozenTrial] = []
+    times = []
+    for number in range(n_trials + rounds + 1):
+        weights = dict(zip(names, np.clip(rng.normal(1, 0.15, n_weights), 0, 2).tolist(), strict=True))
+        if number < 8:
+            weights = sampler.point(trials, number)
+        elif number >= n_trials:
             started = time.perf_counter()
-            trial = study.ask()
-            for weight, r in ranges.items():
-                trial.suggest_float(weight, r.low, r.high)
-            each.append(time.perf_counter() - started)
-            study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        times[name] = 1000 * float(np.median(each[1:]))
-    return times
+            weights = sampler.point(trials, number)
+            times.append(time.perf_counter() - started)
+        trials.append(scored(number, weights, float(rng.normal(0.6, 0.03))))
+    return 1000 * float(np.median(times[1:]))
 
 
 def print_landscape(name: str, found: Mapping[str, list[list[Found]]], *, marks: Sequence[int]) -> None:
@@ -271,6 +296,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--trials", type=int, nargs="+", default=[15, 30, 100])
     parser.add_argument("--draws", type=int, default=0, help="time so many draws at 35, 291 and 1,164 weights too")
+    parser.add_argument("--draws_of", nargs="+", choices=SAMPLERS, default=["RSM", "CMA-ES"])
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     marks = sorted(set(options.trials))
@@ -282,10 +308,10 @@ def main() -> None:
         print()
         row("ms a draw, median", "after 100 trials", "after 1,000")
         row("---", "---:", "---:")
-        for n_weights in (35, 291, 1164):
-            few, many = (draw_times(n_weights, n, rounds=options.draws) for n in (100, 1000))
-            for sampler in few:
-                row(f"{sampler}, {n_weights} weights", f"{few[sampler]:.0f}", f"{many[sampler]:.0f}")
+        for sampler in options.draws_of:
+            for n_weights in (35, 291, 1164):
+                few, many = (draw_times(sampler, n_weights, n, rounds=options.draws) for n in (100, 1000))
+                row(f"{sampler}, {n_weights} weights", f"{few:.0f}", f"{many:.0f}")
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from optuna.distributions import FloatDistribution
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from tvmerge.samplers import cma_es
 from tvmerge.samplers.observations import Observations, observe
 from tvmerge.samplers.rsm import believe
 
-__all__ = ["RECOMMEND", "Recommendation", "recommend"]
+__all__ = ["RECOMMEND", "Recommendation", "pareto_front", "recommend"]
 
 #: Of a normal distribution's middle 95%.
 Z95 = 1.959964
@@ -35,7 +35,9 @@ def recommend(
     *,
     sampler: str = "RSM",
     n_first: int = 0,
+    n_objectives: int = 1,
     maximise: bool = True,
+    guided: bool = True,
     noise: float | None = None,
 ) -> Recommendation | None:
     """The point that a sampler believes to be the best.
@@ -45,13 +47,15 @@ def recommend(
         ranges: name → range, in a stable order.
         sampler: a key of RECOMMEND; any other recommends its best observed trial.
         n_first: how many trials the study gave the points of.
+        n_objectives: how many values a trial has; of several their score counts.
         maximise: whether a higher value is better.
+        guided: whether the search started with one weight for all.
         noise: standard deviation of a trial's score, if it is known.
 
     Returns:
         None if no trial was scored.
     """
-    seen = observe(trials, ranges, n_first=n_first, maximise=maximise)
+    seen = observe(trials, ranges, n_first=n_first, n_objectives=n_objectives, maximise=maximise, guided=guided)
     if not len(seen.scores):
         return None
     found = RECOMMEND.get(sampler, _best_observed)(seen, ranges, noise) or _best_observed(seen, ranges, noise)
@@ -59,6 +63,20 @@ def recommend(
         return found
     low, high = found.interval
     return Recommendation(found.point, found.by, -found.score, (-high, -low))
+
+
+def pareto_front(trials: Sequence[FrozenTrial]) -> list[int]:
+    """The numbers of the scored trials that no other one is better than in all objectives, all of them maximised.
+
+    Of trials of the same values all are on the front. Those that were pruned, or have failed, are not.
+    """
+    scored = [t for t in trials if t.state == TrialState.COMPLETE and np.isfinite(t.values).all()]
+    values = np.array([t.values for t in scored])
+    return sorted(
+        t.number
+        for t, own in zip(scored, values, strict=True)
+        if not ((values >= own).all(axis=1) & (values > own).any(axis=1)).any()
+    )
 
 
 def _of_surface(
