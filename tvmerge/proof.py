@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from tvmerge.evaluators import Evaluator, Goals, QuestionScore, TaskGoal, mean_s
 from tvmerge.files import staged_directory, write_text
 from tvmerge.judging import trial_name
 from tvmerge.progress import RunProgress
-from tvmerge.rebuild import library_versions
+from tvmerge.rebuild import ROUTER_FILE, library_versions
 from tvmerge.recipe import Recipe
 from tvmerge.report.card import model_card
 from tvmerge.report.tables import score_table, verdict
@@ -26,6 +27,8 @@ __all__ = ["Proof", "choose"]
 
 #: How the names begin of models in scores.jsonl that are of the recommended point.
 OF_RECOMMENDED = (RECOMMENDED, "expert")
+#: Folder of the recipes of the trials than which none is better in all tasks.
+PARETO_FOLDER = "pareto"
 
 
 @dataclass(frozen=True)
@@ -148,9 +151,29 @@ class Proof:
                 space.write(recipe, staging)
                 card = model_card(recipe, table=table, verdict_text=text, weights=best.weights)
                 write_text(staging / "README.md", card)
+        if self.scorer.study.plan.objectives:
+            self._write_front()
         print(f"\n{table}\n\n{text}\n")
         print(f"The saved {space.noun} is {best.label}, of {self.scorer.study.n_finished} trials; it is in {folder}")
         return Results(**{**vars(results), "candidates": candidates, "chosen": chosen, "table": table, "verdict": text})
+
+    def _write_front(self) -> None:
+        """A recipe for each trial than which none is better in all tasks."""
+        study, folder = self.scorer.study, self.output / PARETO_FOLDER
+        results = {result.number: result for result in study.results()}
+        front = study.pareto_front()
+        with staged_directory(folder, replace=True) as staging:
+            for number in front:
+                searched = _metrics(study.search_scores(number), self.scorer.questions.goals)
+                score = {"trial": number, "search": results[number].score, "search_tasks": searched}
+                recipe = self.scorer.space.recipe(results[number].weights, score=score, versions=library_versions())
+                recipe.save(staging / f"{trial_name(number)}.yaml")
+            if (self.output / ROUTER_FILE).exists():
+                shutil.copyfile(self.output / ROUTER_FILE, staging / ROUTER_FILE)
+        print(
+            f"\n{len(front)} trials are such that no other is better in all tasks. Their recipes are in {folder}; "
+            "tvmerge apply writes the model of each"
+        )
 
     def _score_entry(self, best: Candidate) -> dict[str, Any]:
         """What a recipe says of its score."""

@@ -19,7 +19,7 @@ from tvmerge.judging import open_judged, trial_name
 from tvmerge.models.transformers import TransformersModel
 from tvmerge.progress import RunProgress
 from tvmerge.questions import ask_questions, open_tasks
-from tvmerge.search import uniform_weights
+from tvmerge.search import BASELINES, uniform_weights
 from tvmerge.spaces import Space
 from tvmerge.spaces.dense import DenseSpace
 from tvmerge.spaces.mixture import MixtureSpace
@@ -61,7 +61,9 @@ def open_questions(config: SearchConfig, output: Path, *, device: str) -> Iterat
 
 
 def uniform_points(config: SearchConfig) -> list[float]:
-    """The weights of the first trials."""
+    """The weights of the first trials: those that are always compared with, and a grid if the search starts there."""
+    if config.search == "flat":
+        return list(BASELINES)
     return uniform_weights(weight_min=config.weight_min, weight_max=config.weight_max)
 
 

@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tvmerge.errors import InputError, RunError, StopError, StudyError, TrialStopped
 from tvmerge.evaluators import QuestionScore, Scored, mean_score, task_scores
 from tvmerge.heartbeat import Heartbeat
-from tvmerge.samplers import Recommendation, recommend
+from tvmerge.samplers import Recommendation, pareto_front, recommend
 from tvmerge.score_log import ScoreLog, unpacked
 from tvmerge.search import BASELINES
 from tvmerge.storage import STORAGE_ERRORS, STUDY_FILE, STUDY_NAME, file_url, open_storage, reason_of
@@ -235,6 +235,10 @@ class MergeStudy:
         if not results:
             raise RunError("no trial was scored, see the reasons above")
         return max(results, key=lambda result: (result.score, -result.number))
+
+    def pareto_front(self) -> list[int]:
+        """Numbers of the trials than which none is better in all objectives."""
+        return pareto_front(self._trials())
 
     def recommended(self) -> Recommendation | None:
         """The point that the sampler believes to be the best; None if no trial was scored."""

@@ -87,6 +87,9 @@ class SearchConfig(ExpertsConfig):
             )
         if isinstance(self.batch_size, str) and self.batch_size != "auto":
             raise ConfigError(f"--batch_size must be a whole number or auto, got {self.batch_size!r}")
+        from tvmerge.samplers import check_sampler  # not before a command runs: --help must be fast
+
+        check_sampler(self.optuna_sampler)
         for name in ("heartbeat", "trial_timeout"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -1,0 +1,120 @@
+"""Whole runs by every way to search: what is recommended, what is saved, and several objectives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+import yaml
+from conftest import Trio
+from optuna.samplers import RandomSampler
+from test_run import flags, trials
+
+from tvmerge.cli import main
+from tvmerge.evaluators import QuestionScore
+from tvmerge.proof import choose
+from tvmerge.results import Candidate
+
+
+class Centre(RandomSampler):
+    """A sampler of somebody's own."""
+
+    def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
+        return {name: 0.5 * (each.low + each.high) for name, each in search_space.items()}
+
+    def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
+        return optuna.search_space.intersection_search_space(study.get_trials(deepcopy=False))
+
+
+def candidate(label: str, right: int, *, n: int = 100, merged: bool = True) -> Candidate:
+    scores = [QuestionScore("a", i, float(i < right)) for i in range(n)]
+    return Candidate(label, scores, weights={"w": 1.0} if merged else None)
+
+
+def test_the_recommended_model_is_saved_unless_another_merge_is_clearly_better() -> None:
+    table = [candidate("target", 40), candidate("tuned", 99, merged=False), candidate("uniform", 60)]
+    assert choose([*table, candidate("recommended", 62)], {}) == (3, "")
+    assert choose([*table, candidate("recommended", 59)], {}) == (3, "")
+    chosen, reason = choose([*table, candidate("recommended", 45)], {})
+    assert chosen == 2
+    assert "clearly worse than uniform" in reason
+
+
+def test_what_is_recommended_is_scored_on_the_held_out_questions_and_saved(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert main(flags(trio, output, "--n_trials", "15")) == 0
+    printed = capsys.readouterr().out
+    head = next(line for line in printed.splitlines() if line.startswith("| task"))
+    recipe = yaml.safe_load((output / "best" / "recipe.yaml").read_text())
+    lines = [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
+    of_recommended = [line for line in lines if line["model"] == "recommended"]
+    assert head.split("|")[-2].strip() == "recommended"
+    assert {line["split"] for line in of_recommended} == {"heldout"}
+    assert len(of_recommended) == 30
+    assert "The saved merge is recommended, of 15 trials" in printed
+    assert recipe["score"]["trial"] is None
+    assert recipe["weights"] not in [weights for _, weights, _, _ in trials(output)]
+    before = (output / "scores.jsonl").read_bytes()
+    assert main(flags(trio, output, "--n_trials", "15")) == 0
+    assert (output / "scores.jsonl").read_bytes() == before
+    # Another recommendation is another model: nothing that was scored of the first one counts for it.
+    marked = [{**line, "score": 9.0} if line["model"] == "recommended" else line for line in lines]
+    (output / "scores.jsonl").write_text("".join(json.dumps(line) + "\n" for line in marked))
+    assert main(flags(trio, output, "--n_trials", "25")) == 0
+    again = yaml.safe_load((output / "best" / "recipe.yaml").read_text())
+    assert again["weights"] != recipe["weights"]
+    lines = [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
+    assert 9.0 not in [line["score"] for line in lines]
+
+
+@pytest.mark.parametrize("sampler", ["sep-CMA-ES", "GA", "QMC", "random", "GP", "test_run_search:Centre"])
+def test_every_sampler_runs_by_its_name(trio: Trio, tmp_path: Path, sampler: str) -> None:
+    output = tmp_path / "out"
+    assert main(flags(trio, output, "--optuna_sampler", sampler, "--n_trials", "10")) == 0
+    assert len(trials(output)) == 10
+
+
+def test_a_flat_search_tries_no_uniform_grid(trio: Trio, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert main(flags(trio, output, "--search", "flat", "--optuna_sampler", "TPE", "--n_trials", "6")) == 0
+    weights = [list(weights.values()) for _, weights, _, _ in trials(output)]
+    assert [len(set(each)) for each in weights[:2]] == [1, 1]
+    assert all(len(set(each)) > 1 for each in weights[2:])
+
+
+def test_an_unknown_sampler_is_refused_in_a_line(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(trio, tmp_path / "out", "--optuna_sampler", "cma")) == 2
+    error = capsys.readouterr().err
+    assert "--optuna_sampler cma is unknown: choose TPE, CMA-ES, RSM" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_tasks_as_objectives_leave_a_front_whose_models_can_be_written(trio: Trio, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert main(flags(trio, output, "--optuna_sampler", "NSGA-II", "--n_trials", "12")) == 0
+    study = optuna.load_study(study_name="tvmerge", storage=f"sqlite:///{output / 'study.db'}")
+    assert len(study.directions) == 2
+    assert [trial.values for trial in study.trials] == [
+        list(t.user_attrs["task_scores"].values()) for t in study.trials
+    ]
+    front = sorted((output / "pareto").iterdir())
+    assert {path.name for path in front} == {f"trial-{trial.number:04d}.yaml" for trial in study.best_trials}
+    assert main(["apply", str(front[-1]), "--output_dir", str(tmp_path / "written")]) == 0
+    assert (tmp_path / "written" / "model.safetensors").is_file()
+    study._storage._backend.engine.dispose()  # type: ignore[attr-defined]
+
+
+def test_with_one_task_there_is_one_objective(trio: Trio, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    command = flags(trio, output, "--optuna_sampler", "NSGA-II", "--n_trials", "9", "--jglue_limit", "12")
+    command[command.index("tiny_choice,tiny_extract")] = "tiny_choice"
+    assert main(command) == 0
+    assert not (output / "pareto").exists()
