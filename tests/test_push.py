@@ -278,6 +278,7 @@ def test_what_the_hub_refuses_is_one_line(hub: Hub, run_folder: Path, tmp_path: 
     ]
     for request, status, headers, code, reason in cases:
         hub.refuse = {request: (status, headers)}
+        hub.stored.clear()
         error = refusal(push(run_folder, tmp_path, hub.url), code)
         assert reason in error
         assert str(status) in error
