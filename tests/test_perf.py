@@ -107,7 +107,7 @@ def test_searches_are_measured_on_every_landscape(capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(
     ("script", "flag"),
-    list(zip(SCRIPTS, ("--mergekit", "--n_questions", "--n_prompts", "--rounds", "--seeds"), strict=True)),
+    list(zip(SCRIPTS, ("--mergekit", "--n_questions", "--n_prompts", "--rounds", "--seeds", "--only"), strict=True)),
 )
 def test_help_says_what_can_be_measured(script: Path, flag: str) -> None:
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True)

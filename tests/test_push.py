@@ -333,3 +333,12 @@ def test_what_is_no_whole_model_is_refused_before_anybody_is_asked(
     assert "recipe.yaml" in refused("--output_dir", str(run_folder), *repo)
     (best / "recipe.yaml").unlink()
     assert "holds no recipe.yaml" in refused("--output_dir", str(run_folder), *repo)
+
+
+def test_a_store_of_chunks_that_fails_is_one_line(hub: Hub, run_folder: Path, tmp_path: Path) -> None:
+    """The real client sends large files in chunks to a store of its own, which this server does not have."""
+    pytest.importorskip("hf_xet")
+    error = refusal(push(run_folder, tmp_path, hub.url, HF_HUB_DISABLE_XET="0"), 1)
+    assert "404" in error
+    assert "nothing was committed" in error
+    assert hub.commits == 0
