@@ -28,7 +28,7 @@ from tvmerge.hub import ModelId
 MAIN, TUNED, NOWHERE = (hashlib.sha1(name).hexdigest() for name in (b"main", b"tuned", b"nowhere"))
 REVISIONS = {"main": MAIN, "v1": TUNED, "refs/pr/1": TUNED, MAIN: MAIN, TUNED: TUNED}
 #: The repository lists these too, and a merge needs none of them.
-UNWANTED = ("README.md", "pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx", "original/x.json")
+UNWANTED = ("docs/README.md", "pytorch_model.bin", "consolidated.safetensors", "onnx/model.onnx", "original/x.json")
 ROUTE = re.compile(r"/(api/models/)?(?P<repo>\w+/\w+)/(?P<verb>revision|tree|resolve)/(?P<at>[^/]+)/?(?P<file>.*)")
 Answer = tuple[int, Mapping[str, str], bytes]  # status, headers, body
 
@@ -126,6 +126,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, byte
     main = save_mistral(root / "main", seed=3)
     tuned = save_mistral(root / "tuned", seed=4, drift_from=main)
     reshard(tuned, shard_bytes=4000)
+    for folder in (main, tuned):
+        (folder / "README.md").write_text(f"---\nlicense: mit\n---\n# {folder.name}\n")
     return {MAIN: contents(main), TUNED: contents(tuned)}
 
 

@@ -13,7 +13,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
-SCRIPTS = [ROOT / "perf" / name for name in ("merge.py", "jglue.py", "generation.py", "mixture.py", "search.py")]
+SCRIPTS = [
+    ROOT / "perf" / name for name in ("merge.py", "jglue.py", "generation.py", "mixture.py", "search.py", "mergekit.py")
+]
 
 
 def load(path: Path) -> ModuleType:
@@ -105,8 +107,25 @@ def test_searches_are_measured_on_every_landscape(capsys: pytest.CaptureFixture[
 
 @pytest.mark.parametrize(
     ("script", "flag"),
-    list(zip(SCRIPTS, ("--mergekit", "--n_questions", "--n_prompts", "--rounds", "--seeds"), strict=True)),
+    list(zip(SCRIPTS, ("--mergekit", "--n_questions", "--n_prompts", "--rounds", "--seeds", "--only"), strict=True)),
 )
 def test_help_says_what_can_be_measured(script: Path, flag: str) -> None:
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True)
     assert flag in done.stdout
+
+
+def test_every_merge_that_is_compared_with_mergekit_can_be_exported(perf: ModuleType, tmp_path: Path) -> None:
+    script = load(SCRIPTS[5])
+    exported = set()
+    for n, case in enumerate(script.cases(tmp_path)):
+        if case.models != script.DEMO and case.settings:
+            continue
+        case.write(tmp_path / f"{n}.yaml")
+        file = script.export_recipe(tmp_path / f"{n}.yaml", tool="mergekit", output=tmp_path / f"{n}")
+        exported.add(yaml.safe_load(file.read_text(encoding="utf-8"))["merge_method"])
+    assert exported == {"linear"}
+    base, tuned = (script.Checkpoint(script.resolve(str(script.DEMO / name))) for name in ("base", "tuned"))
+    assert script.compare(base, base) == (1.0, 0, 0.0)
+    share, furthest, _ = script.compare(base, tuned)
+    assert share < 1
+    assert furthest > 0

@@ -1,12 +1,8 @@
-"""The table and the card, to the letter."""
+"""The table and the verdict, to the letter."""
 
 from __future__ import annotations
 
-import yaml
-
 from tvmerge.evaluators import QuestionScore, TaskGoal
-from tvmerge.recipe import Recipe
-from tvmerge.report.card import model_card
 from tvmerge.report.tables import score_table, verdict
 from tvmerge.results import Candidate
 
@@ -54,27 +50,6 @@ def test_verdict_says_what_was_found_and_on_which_questions() -> None:
     text = verdict(TARGET, [BEST], heldout=False)
     assert "very questions that were searched on" in text
     assert "target is clearly worse than best: -0.625" in text
-
-
-def test_card_names_hub_models_and_no_folder_in_its_header() -> None:
-    hub: dict[str, str | None] = {"model": "owner/ja", "revision": "0" * 40}
-    local: dict[str, str | None] = {"model": "/home/me/tuned", "revision": None}
-    recipe = Recipe(
-        target=hub,
-        task_vectors=[{"label": "tuned", "tuned": local, "base": hub}],
-        granularity="layer",
-        weights={"layers.0": 0.5},
-    )
-    card = model_card(recipe, table="TABLE", verdict_text="VERDICT", weights=recipe.weights)
-    header = yaml.safe_load(card.split("---")[1])
-    assert header == {
-        "library_name": "transformers",
-        "tags": ["merge", "tvmerge"],
-        "base_model": ["owner/ja"],
-    }
-    assert f"- target: `owner/ja@{'0' * 40}`" in card
-    assert "TABLE\n\nVERDICT" in card
-    assert "| layers.0 | 0.5000 |" in card
 
 
 def test_a_task_of_categories_has_a_row_for_each_and_counts_questions_not_turns() -> None:

@@ -29,6 +29,7 @@ from tvmerge.config import (
     MoeConfig,
     MtBenchConfig,
     PlanConfig,
+    PushConfig,
     WorkerConfig,
 )
 from tvmerge.errors import ConfigError, InputError, TaskError, TvmergeError
@@ -59,6 +60,7 @@ def _run_plan(config: PlanConfig) -> None:
 
 def _run_apply(config: ApplyConfig) -> None:
     gc.disable()  # nothing of what is imported can be collected, and looking takes a while
+    from tvmerge.export import export_recipe
     from tvmerge.files import local_path
     from tvmerge.rebuild import apply_recipe
 
@@ -67,6 +69,10 @@ def _run_apply(config: ApplyConfig) -> None:
     output = local_path(config.output_dir, flag="--output_dir")
     dtype = None if config.dtype == "auto" else config.dtype
     recipe = local_path(config.recipe, flag="recipe")
+    if config.export:
+        file = export_recipe(recipe, tool=config.export, output=output, dtype=dtype, cache_dir=config.cache_dir)
+        print(f"{file}: what {config.export} makes the model of {config.recipe} from")
+        return
     apply_recipe(recipe, output=output, dtype=dtype, cache_dir=config.cache_dir, save_experts=config.save_experts)
     print(f"{config.output_dir}: the model of {config.recipe}")
 
@@ -93,6 +99,12 @@ def _run_worker(config: WorkerConfig) -> int:
     return 0
 
 
+def _run_push(config: PushConfig) -> None:
+    from tvmerge.push import push
+
+    push(config)
+
+
 #: Command → its configuration and what runs it. Heavy modules are imported when a command runs, not before.
 COMMANDS: dict[str, tuple[type, Callable[..., int | None]]] = {
     "jglue": (JglueConfig, _run_jglue),
@@ -101,6 +113,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., int | None]]] = {
     "apply": (ApplyConfig, _run_apply),
     "moe": (MoeConfig, _run_moe),
     "worker": (WorkerConfig, _run_worker),
+    "push": (PushConfig, _run_push),
 }
 
 #: Settings that take several values behind one flag only.
@@ -109,6 +122,7 @@ ONCE = frozenset({"--target_model"})
 GOES_ON = {
     **dict.fromkeys(("tvmerge jglue", "tvmerge mt_bench"), "the same command goes on where it stopped"),
     "tvmerge worker": "its trial is handed back",
+    "tvmerge push": "nothing was committed",
 }
 #: Settings that are given without a flag.
 POSITIONAL = {"recipe": "a recipe.yaml that a run has written", "mixture": "a YAML file as mergekit-moe reads it"}

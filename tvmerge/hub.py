@@ -10,10 +10,12 @@ from pathlib import Path
 
 from tvmerge.errors import CheckpointError, ConfigError
 
-__all__ = ["MODEL_FILES", "Description", "ModelId", "describe", "resolve", "split_name"]
+__all__ = ["CARD", "MODEL_FILES", "Description", "ModelId", "describe", "resolve", "split_name"]
 
 #: Files of a model folder that go into a merged one: configuration, tokenizer, licence; never weights or a README.
 MODEL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*")
+#: What a model says of itself, as its licence; fetched with it, and never part of a merged one.
+CARD = "README.md"
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?")
 
 
@@ -57,7 +59,7 @@ def _download(name: str, *, repo: str, revision: str | None, cache_dir: str | No
     # HTTPError is that of the HTTP library, which differs between versions of huggingface_hub.
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
-    patterns = [*MODEL_FILES, "*.safetensors"] if weights else list(MODEL_FILES)
+    patterns = [*MODEL_FILES, CARD, *(["*.safetensors"] if weights else [])]
     try:
         folder = snapshot_download(
             repo,

@@ -30,7 +30,7 @@ from tvmerge.sources import (
 from tvmerge.state_dict import DTYPES
 from tvmerge.vocabulary import VOCABULARIES, vocabulary_digest
 
-__all__ = ["RECIPE_FILE", "MixtureRecipe", "Recipe", "source_entries"]
+__all__ = ["RECIPE_FILE", "MixtureRecipe", "Recipe", "Source", "source_entries"]
 
 RECIPE_FILE = "recipe.yaml"
 #: Weights are float32 numbers.

@@ -4,6 +4,7 @@ from tvmerge.config.jglue import JglueConfig
 from tvmerge.config.merge import ApplyConfig, MergeConfig
 from tvmerge.config.moe import MoeConfig
 from tvmerge.config.mt_bench import MtBenchConfig, PlanConfig
+from tvmerge.config.push import PushConfig
 from tvmerge.config.search import SearchConfig
 from tvmerge.config.worker import WorkerConfig
 
@@ -17,6 +18,7 @@ __all__ = [
     "MoeConfig",
     "MtBenchConfig",
     "PlanConfig",
+    "PushConfig",
     "SearchConfig",
     "WorkerConfig",
 ]
@@ -24,6 +26,6 @@ __all__ = [
 #: Settings that take several values on the command line: `--tuned_model a b`.
 LIST_SETTINGS = frozenset({"target_model", "tuned_model", "weight_groups", "freeze", "task_metric", "task_weight"})
 #: Settings that are switched on by their name alone: `--apply_chat_template`.
-SWITCHES = frozenset({"apply_chat_template", "share_weights", "search_gate", "save_experts"})
+SWITCHES = frozenset({"apply_chat_template", "share_weights", "search_gate", "save_experts", "private", "dry_run"})
 #: Other names of flags, as older scripts write them.
 ALIASES = {"--judge_model": "--judge_model_name", "--max_new_tokens": "--max_new_token"}

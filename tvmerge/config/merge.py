@@ -135,6 +135,7 @@ class ApplyConfig:
         output_dir: folder to write the model into; it must not exist or be empty
         dtype: of the model; auto is what the recipe says
         save_experts: write each expert of a mixture too, as a model of its own
+        export: write no model but what another tool makes it from; mergekit is its configuration, mergekit.yaml
         cache_dir: where models of the Hub are kept; default is the Hub's own cache
     """
 
@@ -142,4 +143,14 @@ class ApplyConfig:
     output_dir: str
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     save_experts: bool = False
+    export: Literal["mergekit"] | None = None
     cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without opening anything.
+
+        Raises:
+            ConfigError: settings that contradict each other.
+        """
+        if self.export and self.save_experts:
+            raise ConfigError(f"--save_experts writes models and --export {self.export} writes none: leave one out")
