@@ -39,6 +39,7 @@ ROOMS = [
     "evaluators",
     "samplers",
     "search",
+    "pruning",
     "study",
     "results",
     "report",

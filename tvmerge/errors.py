@@ -11,6 +11,7 @@ TvmergeError
 └── RunError                the input was right and the run failed; exit status 1
     ├── BudgetError         the next request to a judge could cost more than is left to spend
     ├── JudgeError          a judge did not answer one request; the case is unscored and the run goes on
+    ├── TrialStopped        a trial was ended early (pruning.py, as it carries scores); it has no score
     └── StopError           the run stops here, and the same command goes on; a trial under way is not recorded
 """
 
