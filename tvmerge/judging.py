@@ -83,6 +83,7 @@ class JudgedQuestions:
             max_new_tokens=self.config.max_new_token,
             batch_size="auto" if isinstance(self.config.batch_size, str) else self.config.batch_size,
             tokens=tokens,
+            more_notes=lambda: self.client.notes if isinstance(self.client, LocalClient) else [],
         )
 
     def resume(self, finished: Collection[int]) -> None:
