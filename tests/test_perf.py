@@ -13,7 +13,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
-SCRIPTS = [ROOT / "perf" / name for name in ("merge.py", "jglue.py", "generation.py", "mixture.py", "search.py")]
+SCRIPTS = [
+    ROOT / "perf" / name for name in ("merge.py", "jglue.py", "generation.py", "mixture.py", "search.py", "pruning.py")
+]
 
 
 def load(path: Path) -> ModuleType:

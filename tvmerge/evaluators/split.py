@@ -57,7 +57,7 @@ def share_out(total: int, *, available: Mapping[str, int], weights: Mapping[str,
     """Share a number of questions over tasks: each question goes to the task that has the fewest for its weight.
 
     By weight, since the error of a weighted mean is least if tasks have questions by weight; Neyman 1934, section III,
-    for answers that spread alike.
+    for answers that spread alike; rounded as seats are, by Sainte-Laguë.
 
     Args:
         total: of questions, if there are as many.
@@ -67,22 +67,18 @@ def share_out(total: int, *, available: Mapping[str, int], weights: Mapping[str,
     """
     if total >= sum(available.values()):
         return dict(available)
-    given = {name: min(least, n) for name, n in available.items()}
+    given = dict.fromkeys(available, 0)
     places = {name: place for place, name in enumerate(available)}
-    waiting = [
-        ((n + 1) / weights[name], places[name], name)
-        for name, n in given.items()
-        if weights[name] > 0 and n < available[name]
-    ]
+    waiting = [(0.5 / weights[name], places[name], name) for name, n in available.items() if n and weights[name] > 0]
     heapq.heapify(waiting)
-    for _ in range(total - sum(given.values())):
+    for _ in range(total):
         if not waiting:
             break
         _, place, name = heapq.heappop(waiting)
         given[name] += 1
         if given[name] < available[name]:
-            heapq.heappush(waiting, ((given[name] + 1) / weights[name], place, name))
-    return given
+            heapq.heappush(waiting, ((given[name] + 0.5) / weights[name], place, name))
+    return {name: max(n, min(least, available[name])) for name, n in given.items()}
 
 
 def split_questions(
