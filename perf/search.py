@@ -131,10 +131,15 @@ class Landscape:
 
     def trial(self, w: Floats) -> float:
         """The share of right answers of one trial."""
+        return float(self.answers(w).mean())
+
+    def answers(self, w: Floats) -> npt.NDArray[np.bool_]:
+        """Which questions of one trial are answered right."""
         repeat = self.shape.repeat
         luck = math.sqrt(repeat) * self.luck + math.sqrt(1 - repeat) * self._rng.standard_normal(self.shape.questions)
         threshold = np.array([0.5 * (1 + math.erf(each / math.sqrt(2))) for each in luck])
-        return float((threshold < self._probabilities(w, self.difficulty, self.taste)).mean())
+        right: npt.NDArray[np.bool_] = threshold < self._probabilities(w, self.difficulty, self.taste)
+        return right
 
     def truth(self, w: Floats) -> float:
         """The true share of right answers."""

@@ -44,6 +44,7 @@ ROOMS = [
     "storage",
     "heartbeat",
     "trial_queue",
+    "pruning",
     "study",
     "results",
     "report",

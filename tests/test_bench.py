@@ -150,12 +150,14 @@ def test_the_split_keeps_the_shares_of_categories(tmp_path: Path) -> None:
         entry(n, category="math" if n % 4 else "writing", reference=["1", "2"] if n % 2 else []) for n in range(80)
     ]
     bench = load(write(tmp_path, *entries))
-    search, heldout = split_bench(config(bench_name="mine", question_limit=20), bench, judge="gpt-4")
+    split = split_bench(config(bench_name="mine", question_limit=20), bench, judge="gpt-4")
+    search, heldout = split.search, split.heldout
     assert (len(search), len(heldout)) == (20, 24)
     assert not set(search) & set(heldout)
     assert sum(bench.questions[index].category == "writing" for index in search) in (4, 5, 6)
     # A judge that compares with references has only those questions that have them.
-    search, heldout = split_bench(config(bench_name="mine"), bench, judge="rouge_l")
+    split = split_bench(config(bench_name="mine"), bench, judge="rouge_l")
+    search, heldout = split.search, split.heldout
     assert (len(search), len(heldout)) == (28, 12)
     assert all(bench.questions[index].references for index in [*search, *heldout])
     with pytest.raises(TaskError, match="no question has a reference"):

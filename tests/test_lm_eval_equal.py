@@ -21,8 +21,9 @@ from transformers import MistralForCausalLM
 from tvmerge.checkpoint import Checkpoint
 from tvmerge.evaluators import QuestionScore, task_scores
 from tvmerge.evaluators.harness import HarnessModel
-from tvmerge.evaluators.lm_eval import ChatFormat, LmEvalEvaluator
+from tvmerge.evaluators.lm_eval import LmEvalEvaluator
 from tvmerge.evaluators.measure import choose_measure
+from tvmerge.evaluators.prompts import ChatFormat
 from tvmerge.evaluators.tasks import load_tasks
 from tvmerge.hub import resolve
 from tvmerge.models.transformers import TransformersModel, load_tokenizer

@@ -14,7 +14,8 @@ import yaml
 from conftest import ROOT
 
 SCRIPTS = [
-    ROOT / "perf" / name for name in ("merge.py", "jglue.py", "generation.py", "mixture.py", "search.py", "mergekit.py")
+    ROOT / "perf" / name
+    for name in ("merge.py", "jglue.py", "generation.py", "mixture.py", "search.py", "mergekit.py", "pruning.py")
 ]
 
 

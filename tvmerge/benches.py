@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from tvmerge.config import MtBenchConfig
 from tvmerge.errors import TaskError
 from tvmerge.evaluators.bench import Bench, load_bench
-from tvmerge.evaluators.split import split_questions
+from tvmerge.evaluators.split import Split, split_questions
 from tvmerge.files import local_path
 from tvmerge.judges.local import LOCAL
 from tvmerge.judges.prompts import MAX_TURNS, JudgePrompts, load_judge_prompts
@@ -93,7 +94,7 @@ def answerable(bench: Bench, judge: str) -> list[int]:
     return [index for index, question in enumerate(bench.questions) if question.references is not None]
 
 
-def split_bench(config: MtBenchConfig, bench: Bench, *, judge: str) -> tuple[list[int], list[int]]:
+def split_bench(config: MtBenchConfig, bench: Bench, *, judge: str) -> Split:
     """Which questions the search sees, and which are held out; the shares of categories are kept.
 
     Raises:
@@ -109,8 +110,13 @@ def split_bench(config: MtBenchConfig, bench: Bench, *, judge: str) -> tuple[lis
         name=bench.name,
         n_questions=len(usable),
         holdout=config.holdout,
-        limit=config.question_limit,
+        limit=config.most_questions,
         seed=config.question_seed,
         labels=[bench.questions[index].category for index in usable],
+        heldout_limit=config.most_heldout,
     )
-    return [usable[i] for i in split.search], [usable[i] for i in split.heldout]
+
+    def of_bench(indices: Sequence[int]) -> list[int]:
+        return [usable[index] for index in indices]
+
+    return Split(of_bench(split.search), of_bench(split.heldout), [of_bench(stage) for stage in split.stages])

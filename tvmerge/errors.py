@@ -11,15 +11,12 @@ TvmergeError
 └── RunError                the input was right and the run failed; exit status 1
     ├── BudgetError         the next request to a judge could cost more than is left to spend
     ├── JudgeError          a judge did not answer one request; the case is unscored and the run goes on
-    ├── TrialStopped        a trial was ended early, as it is not promising; it has no score
+    ├── TrialStopped        a trial was ended early (pruning.py, as it carries scores); it has no score
     ├── TrialTimeout        a trial took longer than it may
     └── StopError           the run stops here, and the same command goes on; a trial under way is not recorded
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
 
 __all__ = [
     "BudgetError",
@@ -33,7 +30,6 @@ __all__ = [
     "StopError",
     "StudyError",
     "TaskError",
-    "TrialStopped",
     "TrialTimeout",
     "TvmergeError",
 ]
@@ -81,19 +77,6 @@ class BudgetError(RunError):
 
 class JudgeError(RunError):
     """A judge did not answer one request: it, the network or a gateway failed, after all retries."""
-
-
-class TrialStopped(RunError):
-    """A trial was ended early, as it is not promising.
-
-    Args:
-        reason: in words.
-        scores: what it got so far, question by question.
-    """
-
-    def __init__(self, reason: str, scores: Sequence[Any] = ()) -> None:
-        super().__init__(reason)
-        self.scores = scores
 
 
 class TrialTimeout(RunError):

@@ -19,6 +19,7 @@ from tvmerge.evaluators import Goals, TaskGoal
 from tvmerge.evaluators.bench import Bench
 from tvmerge.evaluators.fastchat import FastChatFiles
 from tvmerge.evaluators.mt_bench import Asking, MtBenchEvaluator
+from tvmerge.evaluators.split import Split, n_heldout, why_so_few_heldout, why_so_many
 from tvmerge.files import local_path
 from tvmerge.judges import Client, Judge
 from tvmerge.judges.cache import JudgmentCache
@@ -82,6 +83,7 @@ class JudgedQuestions:
             max_new_tokens=self.config.max_new_token,
             batch_size="auto" if isinstance(self.config.batch_size, str) else self.config.batch_size,
             tokens=tokens,
+            more_notes=lambda: self.client.notes if isinstance(self.client, LocalClient) else [],
         )
 
     def resume(self, finished: Collection[int]) -> None:
@@ -135,9 +137,9 @@ class JudgedBench:
         config, bench = self.config, self.bench
         template = open_template(config.chat_template, tokenizer)
         files = FastChatFiles(self.output, judge=self.opened.judge.name)
-        searched, heldout = split_bench(config, bench, judge=self.opened.judge.name)
+        split = split_bench(config, bench, judge=self.opened.judge.name)
 
-        def evaluator(questions: Sequence[int]) -> MtBenchEvaluator:
+        def evaluator(questions: Sequence[int], stages: Sequence[Sequence[int]] = ()) -> MtBenchEvaluator:
             return MtBenchEvaluator(
                 bench=bench,
                 questions=questions,
@@ -151,15 +153,16 @@ class JudgedBench:
                 max_unscored=config.max_unscored,
                 files=files,
                 meter=self.opened.meter,
+                stages=stages,
             )
 
         return JudgedQuestions(
             config=config,
-            search=evaluator(searched),
-            heldout=evaluator(heldout) if config.holdout else None,
+            search=evaluator(split.search, split.stages if config.pruner != "none" else ()),
+            heldout=evaluator(split.heldout) if config.holdout else None,
             goals={bench.name: TaskGoal(metric="rating")},
             scoring={bench.name: json.dumps([self.opened.judge.identity, template.digest], ensure_ascii=False)},
-            notes=[*self.opened.notes, *self._notes(template, n_search=len(searched))],
+            notes=[*self._how_many(split), *self.opened.notes, *self._notes(template)],
             categories={bench.name: [question.category for question in bench.questions]},
             template=template,
             files=files,
@@ -168,14 +171,24 @@ class JudgedBench:
             explanation=self.opened.explanation,
         )
 
-    def _notes(self, template: ChatTemplate, *, n_search: int) -> list[str]:
+    def _how_many(self, split: Split) -> list[str]:
+        """How many questions are asked when, and why."""
+        config, usable = self.config, answerable(self.bench, self.opened.judge.name)
+        n_out = n_heldout(len(usable), config.holdout)
+        n, left = len(split.search), len(usable) - n_out
+        notes = []
+        if config.question_limit is None:
+            notes.append(why_so_many(n, left, flag="--question_limit"))
+        elif isinstance(config.question_limit, int) and config.question_limit > n:
+            notes.append(
+                f"bench {self.bench.name}: the limit of {config.question_limit} is more than the {n} questions left to "
+                "search on"
+            )
+        return notes + ([why_so_few_heldout(len(split.heldout), n_out)] if len(split.heldout) < n_out else [])
+
+    def _notes(self, template: ChatTemplate) -> list[str]:
         config = self.config
         notes = list(self.bench.notes)
-        if config.question_limit is not None and config.question_limit > n_search:
-            notes.append(
-                f"bench {self.bench.name}: the limit of {config.question_limit} is more than the {n_search} questions "
-                "left to search on"
-            )
         if config.system_instruction and not template.takes_system:
             notes.append("the chat template takes no system message: --system_instruction is left out")
         unused = len(self.bench.questions) - len(answerable(self.bench, self.opened.judge.name))

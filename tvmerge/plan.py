@@ -245,8 +245,8 @@ def _judge_rows(config: PlanConfig) -> list[tuple[str, str]]:
     from tvmerge.benches import find_bench, find_prompts, split_bench
 
     bench = find_bench(config)
-    splits = split_bench(config, bench, judge=config.judge_model_name)
-    search, heldout = ([bench.questions[index] for index in split] for split in splits)
+    split = split_bench(config, bench, judge=config.judge_model_name)
+    search, heldout = ([bench.questions[index] for index in part] for part in (split.search, split.heldout))
     rows = [
         ("questions", f"{len(search)} in a trial, {len(heldout)} held out"),
         ("turns judged", f"{_turns(search)} in a trial, {_turns(heldout)} held out, {config.num_choices} of each"),

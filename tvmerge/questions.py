@@ -7,12 +7,22 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from tvmerge.config import JglueConfig
+from tvmerge.config.search import N_QUESTIONS
 from tvmerge.errors import ConfigError
 from tvmerge.evaluators import Goals, TaskGoal
 from tvmerge.evaluators.harness import HarnessModel
-from tvmerge.evaluators.lm_eval import ChatFormat, LmEvalEvaluator
+from tvmerge.evaluators.lm_eval import LmEvalEvaluator
 from tvmerge.evaluators.measure import Measure, choose_measure
-from tvmerge.evaluators.split import split_questions
+from tvmerge.evaluators.prompts import ChatFormat
+from tvmerge.evaluators.split import (
+    STAGES,
+    Split,
+    n_heldout,
+    share_out,
+    split_questions,
+    why_so_few_heldout,
+    why_so_many,
+)
 from tvmerge.evaluators.tasks import LoadedTask, load_tasks
 from tvmerge.files import local_path
 
@@ -24,6 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["TaskQuestions", "Tasks", "ask_questions", "open_tasks"]
 
 _Value = TypeVar("_Value")
+
+#: Questions of each task, if it has as many and nobody says how many: fewer say nothing of it.
+LEAST_QUESTIONS = 5
 
 
 @dataclass(frozen=True)
@@ -116,33 +129,30 @@ def ask_questions(config: JglueConfig, tasks: Tasks, tokenizer: PreTrainedTokeni
         TaskError: a question that cannot be put, or too few of them.
     """
     chat = _chat(config, tokenizer)
-    searched, heldout = {}, {}
-    notes = []
+    splits = _splits(config, tasks)
+    notes = _how_many(config, tasks, splits)
     for name, task in tasks.loaded.items():
-        n_questions, limit = len(task.questions), config.limits[task.entry]
-        split = split_questions(
-            name=name,
-            n_questions=n_questions,
-            holdout=config.holdout,
-            limit=limit,
-            seed=config.question_seed,
-            labels=task.labels,
-        )
-        searched[name], heldout[name] = split.search, split.heldout
-        notes += _notes(config, task, n_search=len(split.search), goal=tasks.goals[name])
+        notes += _notes(config, task, n_search=len(splits[name].search), goal=tasks.goals[name])
+    searched = {name: split.search for name, split in splits.items()}
+    heldout = {name: split.heldout for name, split in splits.items()}
+    n_stages = len(STAGES) if config.pruner != "none" else 0
+    stages = [{name: split.stages[stage] for name, split in splits.items()} for stage in range(n_stages)]
 
-    def evaluator(questions: Mapping[str, Sequence[int]]) -> LmEvalEvaluator:
+    def evaluator(
+        questions: Mapping[str, Sequence[int]], stages: Sequence[Mapping[str, Sequence[int]]] = ()
+    ) -> LmEvalEvaluator:
         return LmEvalEvaluator(
             tasks=tasks.loaded,
             questions=questions,
             measures=tasks.measures,
             chat=chat,
             seed=config.question_seed,
+            stages=stages,
         )
 
     if chat.tokenizer is not None and config.system_instruction and not chat.takes_system:
         notes.append("the chat template takes no system message: --system_instruction is left out")
-    search = evaluator(searched)
+    search = evaluator(searched, stages)
     for name, n in search.n_without_answer.items():
         notes.append(f"task {name}: {n} of its questions have no right choice: every answer to them is wrong")
     return TaskQuestions(
@@ -153,6 +163,45 @@ def ask_questions(config: JglueConfig, tasks: Tasks, tokenizer: PreTrainedTokeni
         notes=notes,
         batch_size=config.batch_size,
     )
+
+
+def _splits(config: JglueConfig, tasks: Tasks) -> dict[str, Split]:
+    """Which questions of each task are asked when."""
+    sizes = {name: len(task.questions) for name, task in tasks.loaded.items()}
+    kept_out = {name: n_heldout(n, config.holdout) for name, n in sizes.items()}
+    weights = {name: goal.weight for name, goal in tasks.goals.items()}
+    limits: Mapping[str, int | None]
+    if config.limits is not None:
+        limits = {name: config.limits[task.entry] for name, task in tasks.loaded.items()}
+    else:
+        left = {name: n - kept_out[name] for name, n in sizes.items()}
+        limits = share_out(N_QUESTIONS, available=left, weights=weights, least=LEAST_QUESTIONS)
+    most = sum(kept_out.values()) if config.most_heldout is None else config.most_heldout
+    asked = share_out(most, available=kept_out, weights=weights, least=LEAST_QUESTIONS)
+    return {
+        name: split_questions(
+            name=name,
+            n_questions=sizes[name],
+            holdout=config.holdout,
+            limit=limits[name],
+            seed=config.question_seed,
+            labels=task.labels,
+            heldout_limit=asked[name] if config.most_heldout is not None else None,
+        )
+        for name, task in tasks.loaded.items()
+    }
+
+
+def _how_many(config: JglueConfig, tasks: Tasks, splits: Mapping[str, Split]) -> list[str]:
+    """How many questions are asked when, and why."""
+    sizes = {name: len(task.questions) for name, task in tasks.loaded.items()}
+    n_out = sum(n_heldout(n, config.holdout) for n in sizes.values())
+    n_asked = sum(len(split.search) for split in splits.values())
+    n_asked_out = sum(len(split.heldout) for split in splits.values())
+    notes = []
+    if config.limits is None:
+        notes.append(why_so_many(n_asked, sum(sizes.values()) - n_out, flag="--jglue_limit"))
+    return notes + ([why_so_few_heldout(n_asked_out, n_out)] if n_asked_out < n_out else [])
 
 
 def _chat(config: JglueConfig, tokenizer: PreTrainedTokenizerBase) -> ChatFormat:
@@ -166,7 +215,7 @@ def _chat(config: JglueConfig, tokenizer: PreTrainedTokenizerBase) -> ChatFormat
 
 
 def _notes(config: JglueConfig, task: LoadedTask, *, n_search: int, goal: TaskGoal) -> list[str]:
-    limit, shots = config.limits[task.entry], config.shots[task.entry]
+    limit, shots = (config.limits or {}).get(task.entry), config.shots[task.entry]
     used = task.task.get_config("num_fewshot")
     notes = []
     if limit is not None and limit > n_search:

@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from tvmerge.config import JglueConfig, MtBenchConfig, SearchConfig
 from tvmerge.errors import TrialTimeout
-from tvmerge.evaluators import Evaluator, Progress, Questions, Scored, ScoredModel
+from tvmerge.evaluators import AfterStage, Evaluator, Progress, Questions, Scored, ScoredModel
 from tvmerge.judging import open_judged, trial_name
 from tvmerge.models.transformers import TransformersModel
 from tvmerge.progress import RunProgress
+from tvmerge.pruning import PRUNERS, stopper
 from tvmerge.questions import ask_questions, open_tasks
 from tvmerge.search import BASELINES, uniform_weights
 from tvmerge.spaces import Space
@@ -111,6 +112,7 @@ class Scorer:
         name: str,
         what: str,
         limit: float | None = None,
+        after_stage: AfterStage | None = None,
     ) -> Scored:
         """Fill the live model and have it asked.
 
@@ -121,8 +123,10 @@ class Scorer:
             name: what the model's answers are called.
             what: what the questions are called on the terminal.
             limit: seconds that it may take; None: any.
+            after_stage: may stop it; None: nothing does.
 
         Raises:
+            TrialStopped: it was stopped.
             TrialTimeout: it took longer.
             RunError: it cannot be scored.
         """
@@ -131,7 +135,7 @@ class Scorer:
             self.space.sources.check_unchanged()
             self.model.load(state_dict)
             self.space.sources.check_unchanged()
-            return evaluator.score(self.asked, _within(limit, advance), name=name)
+            return evaluator.score(self.asked, _within(limit, advance), name=name, after_stage=after_stage)
         finally:
             close()
 
@@ -179,10 +183,24 @@ class Scorer:
     def _evaluate(self, weights: Mapping[str, float], number: int, progress: RunProgress) -> Scored:
         merged, name = self.space.at(weights), trial_name(number)
         scored = self.score(
-            merged, self.questions.search, progress, name=name, what="questions", limit=self.config.trial_timeout
+            merged,
+            self.questions.search,
+            progress,
+            name=name,
+            what="questions",
+            limit=self.config.trial_timeout,
+            after_stage=self._stopper(number),
         )
         self.said.update(scored.facts)
         return scored
+
+    def _stopper(self, number: int) -> AfterStage | None:
+        pruner, study = PRUNERS.get(self.config.pruner), self.study
+        if pruner is None:
+            return None
+        given = number < study.n_first
+        goals = self.questions.goals
+        return stopper(pruner, is_given=given, others=lambda: study.others(number), goals=goals)
 
 
 def _within(limit: float | None, advance: Progress) -> Progress:

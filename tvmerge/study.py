@@ -25,9 +25,10 @@ from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from tvmerge.errors import InputError, RunError, StopError, StudyError, TrialStopped
+from tvmerge.errors import InputError, RunError, StopError, StudyError
 from tvmerge.evaluators import QuestionScore, Scored, mean_score, task_scores
 from tvmerge.heartbeat import Heartbeat
+from tvmerge.pruning import Other, TrialStopped
 from tvmerge.samplers import Recommendation, pareto_front, recommend
 from tvmerge.score_log import ScoreLog, unpacked
 from tvmerge.search import BASELINES
@@ -225,6 +226,14 @@ class MergeStudy:
         """What a trial got, question by question; of one that was stopped as far as it went."""
         return unpacked(self._trials()[number].user_attrs.get("scores", []))
 
+    def others(self, number: int) -> list[Other]:
+        """What all other trials got that were scored or stopped."""
+        return [
+            Other(unpacked(trial.user_attrs.get("scores", [])), is_complete=trial.state == TrialState.COMPLETE)
+            for trial in self._trials(TrialState.COMPLETE, TrialState.PRUNED)
+            if trial.number != number
+        ]
+
     def best(self) -> TrialResult:
         """The trial of the highest score; of equal ones the first.
 
@@ -282,7 +291,8 @@ class MergeStudy:
                 unscored = ", ".join(task for task, mean in task_scores(scored.scores).items() if mean is None)
                 raise RunError(f"no question could be scored, of {unscored or 'no task'}")
         except TrialStopped as stopped:
-            self._end(claim, TrialState.PRUNED, stopped.scores, {"stopped": str(stopped)}, started)
+            facts = {"stopped": str(stopped), **stopped.scored.facts}
+            self._end(claim, TrialState.PRUNED, stopped.scored.scores, facts, started)
             return None
         except (InputError, StopError):  # a model was changed meanwhile, a judge has gone: nothing is recorded
             raise

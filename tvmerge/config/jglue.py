@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tvmerge.config.merge import listed
-from tvmerge.config.search import SearchConfig
+from tvmerge.config.search import ALL, SearchConfig
 from tvmerge.errors import ConfigError
 
 __all__ = ["JglueConfig"]
@@ -24,7 +24,8 @@ class JglueConfig(SearchConfig):
             marc_ja, mgsm_ja, also in the prompt styles of older scripts, as jnli-1.3-0.2), any task or group of
             lm-eval, or of task_dir
         jglue_limit: most questions per task that a trial sees, drawn by question_seed, the shares of labels kept; one
-            number for all tasks or one per task
+            number for all tasks or one per task, all for all questions; default is about 300 in all, shared over the
+            tasks by their weights
         jglue_data: folder with the data of the tasks that come with tvmerge; default is to download it
         task_dir: folder of lm-eval task files
         num_fewshot: examples in a prompt, one number for all tasks or one per task; default is what the task says, 3
@@ -40,7 +41,7 @@ class JglueConfig(SearchConfig):
     NOT_IDENTITY: ClassVar[frozenset[str]] = SearchConfig.NOT_IDENTITY | {"task_dir", "jglue_data"}
 
     jglue_tasks: str | list[str]
-    jglue_limit: int | str | list[int] | None = None
+    jglue_limit: int | str | list[int | str] | None = None
     jglue_data: str | None = None
     task_dir: str | None = None
     num_fewshot: int | str | list[int] | None = None
@@ -68,13 +69,13 @@ class JglueConfig(SearchConfig):
         return [name.strip() for name in names]
 
     @property
-    def limits(self) -> dict[str, int | None]:
-        """Task name → most questions that a trial sees; None for all.
+    def limits(self) -> dict[str, int | None] | None:
+        """Task name → most questions that a trial sees, None for all; None if nobody says how many.
 
         Raises:
             ConfigError: not one number, and not one for each task.
         """
-        return self._numbers("jglue_limit", least=1)
+        return None if self.jglue_limit is None else self._numbers("jglue_limit", least=1, without=ALL)
 
     @property
     def shots(self) -> dict[str, int | None]:
@@ -85,13 +86,15 @@ class JglueConfig(SearchConfig):
         """
         return self._numbers("num_fewshot", least=0)
 
-    def _numbers(self, name: str, *, least: int) -> dict[str, int | None]:
+    def _numbers(self, name: str, *, least: int, without: str | None = None) -> dict[str, int | None]:
         raw = getattr(self, name)
         values = raw.split(",") if isinstance(raw, str) else raw if isinstance(raw, list) else [raw]
         try:
-            numbers = [None if value is None else int(value) for value in values]
+            stripped = [value.strip() if isinstance(value, str) else value for value in values]
+            numbers = [None if value in (None, without) else int(value) for value in stripped]
         except ValueError:
-            raise ConfigError(f"--{name} must be whole numbers separated by commas, got {raw!r}") from None
+            or_all = "" if without is None else f" or {without}"
+            raise ConfigError(f"--{name} must be whole numbers{or_all}, separated by commas, got {raw!r}") from None
         if any(number is not None and number < least for number in numbers):
             raise ConfigError(f"--{name} must be at least {least}, got {raw!r}")
         tasks = self.tasks
@@ -143,7 +146,7 @@ class JglueConfig(SearchConfig):
     def identity(self) -> dict[str, Any]:
         """Every setting that a score depends on, in one spelling."""
         by_task = {
-            "jglue_limit": list(self.limits.values()),
+            "jglue_limit": "shared over the tasks" if self.limits is None else list(self.limits.values()),
             "num_fewshot": list(self.shots.values()),
             "task_metric": self.metrics,
             "task_weight": self.task_weights,

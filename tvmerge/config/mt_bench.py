@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from tvmerge.config.search import SearchConfig
+from tvmerge.config.search import N_QUESTIONS, SearchConfig
 from tvmerge.errors import ConfigError
 
 __all__ = ["MtBenchConfig", "PlanConfig"]
@@ -24,7 +24,8 @@ class MtBenchConfig(SearchConfig):
     Args:
         bench_name: folder of benchmarks/ with a question.jsonl in FastChat's format
         bench_dir: folder with a question.jsonl, or with folders that bench_name names
-        question_limit: most questions that a trial sees, drawn by question_seed, the shares of categories kept
+        question_limit: most questions that a trial sees, drawn by question_seed, the shares of categories kept; all
+            for all; default is 300
         judge_model_name: rouge_l compares with reference answers; gpt-4o, openai:NAME, claude-..., anthropic:NAME ask a
             service; transformers:NAME asks a model of the Hub or a folder on this machine
         judge_file: judge prompts in FastChat's format, or ja or en for those that come with tvmerge; default is ja for
@@ -57,7 +58,7 @@ class MtBenchConfig(SearchConfig):
 
     bench_name: str | None = None
     bench_dir: str | None = None
-    question_limit: int | None = None
+    question_limit: int | str | None = None
     judge_model_name: str = "rouge_l"
     judge_file: str | None = None
     judge_base_url: str | None = None
@@ -105,7 +106,7 @@ class MtBenchConfig(SearchConfig):
             self.check_whole(name, least=1)
         self.check_whole("judge_retries", least=0)
         if self.question_limit is not None:
-            self.check_whole("question_limit", least=1)
+            self.check_limit("question_limit")
         for name in (*AT_LEAST_0, *ABOVE_0):
             value = getattr(self, name)
             if value is not None and not (0 <= value < math.inf and (value > 0 or name in AT_LEAST_0)):
@@ -115,6 +116,19 @@ class MtBenchConfig(SearchConfig):
             raise ConfigError("--judge_price_in and --judge_price_out belong together: give both or none")
         if not 0 <= self.max_unscored < 1:
             raise ConfigError(f"--max_unscored must be a share from 0 to less than 1, got {self.max_unscored}")
+
+    @property
+    def most_questions(self) -> int | None:
+        """Most questions that a trial sees; None for all."""
+        if self.question_limit is None:
+            return N_QUESTIONS
+        return self.question_limit if isinstance(self.question_limit, int) else None
+
+    def identity(self) -> dict[str, Any]:
+        """Every setting that a score depends on, in one spelling."""
+        # What is asked is known by the questions: a study without a limit goes on if it had no more than these.
+        known = {"question_limit": None} if isinstance(self.question_limit, str) else {}
+        return {**super().identity(), **known}
 
 
 @dataclass(kw_only=True)

@@ -10,8 +10,12 @@ from tvmerge.config.experts import ExpertsConfig
 from tvmerge.config.merge import listed
 from tvmerge.errors import ConfigError
 
-__all__ = ["SearchConfig"]
+__all__ = ["ALL", "N_QUESTIONS", "SearchConfig"]
 
+#: How a limit is spelt that is none.
+ALL = "all"
+#: Questions of a trial, if nobody says how many.
+N_QUESTIONS = 300
 #: Weights are float32 numbers.
 LARGEST_WEIGHT = 3e38
 
@@ -28,7 +32,10 @@ class SearchConfig(ExpertsConfig):
         search: guided starts at the best single weight and stays near it, flat takes the whole range
         n_trials: trials in all, those of an earlier run with the same output_dir counted in
         optuna_seed: seed of the sampler
+        pruner: stops trials early that do badly on their first questions: halving goes on with the better half of the
+            trials that came as far, wilcoxon with what is not clearly worse than the best one; none stops no trial
         holdout: share of the questions of each kind that the search never sees, to judge the best model on
+        heldout_limit: most of these that are asked, of all tasks together, the shares of labels kept; all for all
         question_seed: seed of the choice of questions
         system_instruction: text that goes before every prompt, or is the system's message of a chat
         batch_size: requests of full length that the model answers at a time, of shorter ones more; auto takes many, and
@@ -46,7 +53,7 @@ class SearchConfig(ExpertsConfig):
     #: Settings that change where or how long a run runs, and no score: a study may be resumed with others.
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset(
         {
-            *("n_trials", "cache_dir", "output_dir", "delta_storage", "save_experts", "gate_prompts"),
+            *("n_trials", "cache_dir", "output_dir", "delta_storage", "save_experts", "gate_prompts", "heldout_limit"),
             *("storage", "study_name", "heartbeat", "trial_timeout"),
         }
     )
@@ -57,7 +64,9 @@ class SearchConfig(ExpertsConfig):
     search: Literal["guided", "flat"] = "guided"
     n_trials: int = 100
     optuna_seed: int = 42
+    pruner: Literal["none", "halving", "wilcoxon"] = "none"
     holdout: float = 0.3
+    heldout_limit: int | str = 1000
     question_seed: int = 0
     system_instruction: str | None = None
     batch_size: int | str = 16
@@ -99,10 +108,28 @@ class SearchConfig(ExpertsConfig):
                 self.check_whole(name, least=least)
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"--holdout must be a share from 0 to less than 1, got {self.holdout}")
+        self.check_limit("heldout_limit")
         try:
             (self.system_instruction or "").encode()
         except UnicodeEncodeError:
             raise ConfigError("--system_instruction is not text in the encoding of this terminal") from None
+
+    def check_limit(self, name: str) -> None:
+        """Refuse what is neither a number of questions nor all of them.
+
+        Raises:
+            ConfigError: with the setting's name.
+        """
+        value = getattr(self, name)
+        if isinstance(value, str) and value != ALL:
+            raise ConfigError(f"--{name} must be a whole number or {ALL}, got {value!r}")
+        if not isinstance(value, str):
+            self.check_whole(name, least=1)
+
+    @property
+    def most_heldout(self) -> int | None:
+        """Most held-out questions that are asked, of all tasks together; None for all."""
+        return self.heldout_limit if isinstance(self.heldout_limit, int) else None
 
     def check_whole(self, name: str, *, least: int) -> None:
         """Refuse a whole number that is too small or too large.
@@ -120,6 +147,8 @@ class SearchConfig(ExpertsConfig):
         """Every setting that a score depends on, in one spelling."""
         without = self.NOT_IDENTITY | (frozenset() if self.is_mixture else self.ONLY_MIXTURES.keys())
         same = {key: value for key, value in asdict(self).items() if key not in without}
+        if self.pruner == "none":
+            del same["pruner"]  # studies that are older than it go on
         if self.is_mixture and not self.gate_mode.endswith("random"):
             same["gate_seed"] = None  # nothing is drawn
             same["gate_mode"] = self.gate_mode.removesuffix("_last")  # another name for the same

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_UNSCORED",
+    "AfterStage",
     "Evaluator",
     "Goals",
     "Progress",
@@ -53,6 +54,11 @@ class Scored:
     facts: Mapping[str, Any] = field(default_factory=dict)  # what else is to be kept with a trial, as plain JSON values
 
 
+#: Called after each stage of a trial but the last, with its number from 0 and all that was scored so far; it may raise
+#: to end the trial, whose further questions are then not asked.
+AfterStage = Callable[[int, Scored], None]
+
+
 @dataclass(frozen=True)
 class TaskGoal:
     """How the scores of a task enter the score of a model."""
@@ -86,13 +92,14 @@ class Evaluator(Protocol):
     def fingerprint(self) -> str:
         """A digest of everything that a model is asked."""
 
-    def score(self, model: Any, progress: Progress, *, name: str) -> Scored:
+    def score(self, model: Any, progress: Progress, *, name: str, after_stage: AfterStage | None = None) -> Scored:
         """Score every question once.
 
         Args:
             model: to ask.
             progress: told how many of the scores are there.
             name: what the model is called where its answers are kept.
+            after_stage: told what is scored so far, by an evaluator that was made with stages.
 
         Raises:
             RunError: it cannot be scored.

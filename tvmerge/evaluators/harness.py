@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -21,7 +22,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tvmerge.errors import RunError, TaskError
 from tvmerge.evaluators import MAX_UNSCORED
 from tvmerge.evaluators.tasks import one_line
-from tvmerge.models.batching import START_TOKENS, TokenBudget
+from tvmerge.models.batching import START_TOKENS, TokenBudget, does_not_fit, is_out_of_memory
 from tvmerge.models.generation import GenerationRequest, PreparedGeneration, can_generate_here
 from tvmerge.models.likelihood import PackedLikelihoods, longest_row, shares_prefixes
 from tvmerge.models.transformers import TransformersModel
@@ -54,18 +55,20 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         size = batch_size if isinstance(batch_size, int) else 16
         super().__init__(pretrained=model.model, tokenizer=model.tokenizer, batch_size=size)
         causal = self.backend == "causal"
-        self._is_auto = not isinstance(batch_size, int)
+        self._is_auto, self._asked_size = not isinstance(batch_size, int), size
         self.budget = TokenBudget(tokens or START_TOKENS.get(model.model.device.type, START_TOKENS["cuda"]))
         self._shares = causal and shares_prefixes(model.model)
         self._generates = causal and can_generate_here(model.model)
         self._encoded: dict[Any, list[int]] = {}
+        self._budgets: list[TokenBudget] = []  # of batches of a given size
         #: Task → how many of its requests were longer than the model takes, and were cut from the left.
         self.n_cut: Counter[str] = Counter()
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know of the requests."""
-        return [
+        """What the user should know of the requests; there may be more after each trial."""
+        halved = self.batch_size < self._asked_size or any(budget.was_halved for budget in self._budgets)
+        return [does_not_fit(self._asked_size)] * (halved and not self._is_auto) + [
             f"task {task}: {n} requests are longer than the {self.max_length} tokens that the model takes: they are "
             "cut from the left"
             for task, n in self.n_cut.items()
@@ -142,7 +145,10 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
         return [make_disjoint_window(window) for window in windows]
 
     def _budget(self, longest: int) -> TokenBudget:
-        return self.budget if self._is_auto else TokenBudget(self.batch_size * longest)
+        if self._is_auto:
+            return self.budget
+        self._budgets.append(TokenBudget(self.batch_size * longest))
+        return self._budgets[-1]
 
     def _likelihoods(self, pairs: Sequence[tuple[list[int], list[int]]]) -> Answers:
         if not pairs:  # of texts without a token
@@ -214,11 +220,24 @@ class HarnessModel(HFLM):  # type: ignore[misc]  # lm_eval ships no types
             # drawn are drawn in the order of lm-eval, which has all texts in one go.
             size = len(instances) if request_type == "generate_until" else 16 * self.batch_size
             while chunk := list(islice(waiting, size)):
-                found += getattr(self, request_type)(chunk, disable_tqdm=True)
+                found += self._by_lm_eval(request_type, chunk)
                 done(range(len(found) - len(chunk), len(found)))
             return found
 
         return answers
+
+    def _by_lm_eval(self, request_type: str, chunk: Sequence[Instance]) -> list[Any]:
+        """lm-eval's own answers; a batch that does not fit in memory is halved, as it is elsewhere."""
+        while True:
+            try:
+                answers: list[Any] = getattr(self, request_type)(chunk, disable_tqdm=True)
+            except (RuntimeError, MemoryError) as error:
+                if self.batch_size == 1 or not is_out_of_memory(error):
+                    raise
+            else:
+                return answers
+            self.batch_size_per_gpu = self.batch_size // 2
+            torch.cuda.empty_cache()
 
 
 def _each(make: Callable[..., _Made], instances: Sequence[Instance]) -> list[_Made]:

@@ -8,26 +8,25 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
-from transformers import PreTrainedTokenizerBase
 
 from tvmerge.errors import RunError, TaskError
-from tvmerge.evaluators import Progress, QuestionScore, Scored, unscored_questions
+from tvmerge.evaluators import AfterStage, Progress, QuestionScore, Scored, unscored_questions
 from tvmerge.evaluators.choices import NotPlainError, PlainChoices, is_plain_choice
 from tvmerge.evaluators.harness import Answers, HarnessModel, check_numbers, is_none
 from tvmerge.evaluators.measure import Measure, choose_measure
+from tvmerge.evaluators.prompts import ChatFormat, Question, hint, put_questions
 from tvmerge.evaluators.tasks import FEWSHOT_SEED, LoadedTask, one_line
 
-__all__ = ["ChatFormat", "LmEvalEvaluator"]
+__all__ = ["LmEvalEvaluator"]
 
 
 _Int64s = npt.NDArray[np.int64]
@@ -35,59 +34,6 @@ _Int64s = npt.NDArray[np.int64]
 _Answered = tuple[Sequence[Instance], Sequence[Any]]
 #: What lm-eval asks of a model.
 REQUEST_TYPES = ("loglikelihood", "loglikelihood_rolling", "generate_until")
-
-
-@dataclass(frozen=True)
-class ChatFormat:
-    """How a prompt is put: as it is, or as a chat."""
-
-    system_instruction: str | None = None  # goes before the task's own description
-    tokenizer: PreTrainedTokenizerBase | None = None  # whose chat template is applied; None: none is
-    fewshot_as_multiturn: bool = True  # examples as turns of the chat, not as one text
-
-    def settings(self) -> dict[str, Any]:
-        """As lm-eval's tasks take them."""
-        return {
-            "system_instruction": self.system_instruction,
-            "apply_chat_template": self.tokenizer is not None,
-            "fewshot_as_multiturn": self.tokenizer is not None and self.fewshot_as_multiturn,
-            "chat_template": None if self.tokenizer is None else self.render,
-        }
-
-    @property
-    def takes_system(self) -> bool:
-        """Whether the chat template takes a message of the system."""
-        assert self.tokenizer is not None
-        try:
-            chat = [{"role": role, "content": "a"} for role in ("system", "user")]
-            self.tokenizer.apply_chat_template(chat, tokenize=False)
-        except jinja2.TemplateError:
-            return False
-        return True
-
-    def render(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a chat; without the system's message if the template refuses one, as in lm-eval."""
-        assert self.tokenizer is not None
-        settings = {
-            "tokenize": False,
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": not add_generation_prompt,
-        }
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, **settings))
-        except jinja2.TemplateError:
-            rest = [message for message in messages if message["role"] != "system"]
-            return str(self.tokenizer.apply_chat_template(rest, **settings))
-
-
-@dataclass(frozen=True)
-class _Question:
-    """A question of a task and its requests, one for each choice."""
-
-    task: str
-    index: int
-    doc: Mapping[str, Any]
-    requests: Sequence[Instance]
 
 
 @dataclass(frozen=True)
@@ -109,6 +55,7 @@ class LmEvalEvaluator:
         measures: task name → the metric that scores it; the task's first one if it is not named.
         chat: how prompts are put.
         seed: added to lm-eval's own seed of the draws of tasks that sample their answers.
+        stages: a division of the questions, which are then asked one part after the other; none: all at once.
 
     Raises:
         TaskError: a question that the task's own templates cannot put, or a task without a metric.
@@ -122,6 +69,7 @@ class LmEvalEvaluator:
         measures: Mapping[str, Measure] | None = None,
         chat: ChatFormat | None = None,
         seed: int = 0,
+        stages: Sequence[Mapping[str, Sequence[int]]] = (),
     ) -> None:
         self._tasks = {name: loaded.task for name, loaded in tasks.items()}
         self._seed = seed
@@ -129,12 +77,12 @@ class LmEvalEvaluator:
         self._measures = {
             name: chosen[name] if name in chosen else choose_measure(name, task) for name, task in self._tasks.items()
         }
-        self._questions: dict[str, list[_Question]] = {}
+        self._questions: dict[str, list[Question]] = {}
         for name, loaded in tasks.items():
             try:
-                self._questions[name] = list(_put(loaded, set(questions[name]), chat or ChatFormat()))
+                self._questions[name] = list(put_questions(loaded, set(questions[name]), chat or ChatFormat()))
             except Exception as error:
-                raise TaskError(f"task {name}: a question cannot be put: {one_line(error)}{_hint(loaded)}") from error
+                raise TaskError(f"task {name}: a question cannot be put: {one_line(error)}{hint(loaded)}") from error
         self._choices: dict[str, PlainChoices] = {}
         for name in self._tasks:
             try:
@@ -151,10 +99,21 @@ class LmEvalEvaluator:
         #: Whether it is known that metrics of the tasks' own code are means over questions.
         self.is_checked = False
         self._items: dict[tuple[str, int], tuple[list[Any], Any]] = {}  # of the last answers to each question
-        self._n_requests = np.array(
-            [sum(r.repeats for r in q.requests) for questions in self._questions.values() for q in questions], np.int64
-        )
         self._prepared: tuple[HarnessModel, list[_Prepared]] | None = None
+        parts = [self._part(stage) for stage in stages]
+        self._parts = [part for part in parts if part.n_questions] or [self]
+        self._units: dict[str, float] = {}
+
+    def _part(self, stage: Mapping[str, Sequence[int]]) -> LmEvalEvaluator:
+        """An evaluator of some of the questions."""
+        part = copy.copy(self)
+        part._parts = [part]
+        wanted = {(name, index) for name, indices in stage.items() for index in indices}
+        kept = {name: [q for q in known if (name, q.index) in wanted] for name, known in self._questions.items()}
+        part._questions = {name: questions for name, questions in kept.items() if questions}
+        made = {name: part._plain_choices(name) for name in part._questions if name in self._choices}
+        part._choices = {name: choices for name, choices in made.items() if choices}
+        return part
 
     def _plain_choices(self, name: str) -> PlainChoices | None:
         task, measure = self._tasks[name], self._measures[name]
@@ -208,6 +167,12 @@ class LmEvalEvaluator:
         Raises:
             TaskError: a request that the model cannot take.
         """
+        for part in self._parts:
+            part._prepare(model)
+
+    def _prepare(self, model: HarnessModel) -> None:
+        asked = [question for questions in self._questions.values() for question in questions]
+        self._n_requests = np.array([sum(r.repeats for r in question.requests) for question in asked], np.int64)
         self._prepared = (
             model,
             [
@@ -246,37 +211,75 @@ class LmEvalEvaluator:
         """One for each question."""
         return self.n_questions
 
-    def score(self, model: HarnessModel, progress: Progress, *, name: str = "") -> Scored:
+    def score(
+        self, model: HarnessModel, progress: Progress, *, name: str = "", after_stage: AfterStage | None = None
+    ) -> Scored:
         """Score every question once, in the order of tasks and indices.
 
         Args:
             model: to ask.
             progress: told how many questions are done.
             name: of the model; nothing but scores is kept here.
+            after_stage: told what is scored so far, if there are stages.
 
         Raises:
             RunError: a task's own code failed on an answer, or the model gives NaN to too many questions.
             TaskError: a task's metric gives no score to a question.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(FEWSHOT_SEED + self._seed)
-            answers = self._answer(model, progress)
-        check_numbers(answers, n_questions=self.n_questions)
-        scores = []
-        for name, questions in self._questions.items():
-            values = self._values(name, answers[name])
-            scores += [QuestionScore(name, question.index, v) for question, v in zip(questions, values, strict=True)]
+        found: dict[tuple[str, int], Any] = {}
+        answers: dict[str, list[_Answered]] = {name: [] for name in self._tasks}
+        for number, part in enumerate(self._parts):
+            if number and after_stage is not None:
+                after_stage(number - 1, self._scored(found))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(FEWSHOT_SEED + self._seed)
+                answered = part._answer(model, progress)
+            for task, those in answered.items():
+                answers[task] += those
+            check_numbers(answers, n_questions=self.n_questions)
+            for task, those in answered.items():
+                items = part._items_of(task, those)
+                found.update(zip(((task, q.index) for q in part._questions[task]), items, strict=True))
+        scored = self._scored(found)
         self.is_checked = True
+        return scored
+
+    def _scored(self, found: Mapping[tuple[str, int], Any]) -> Scored:
+        """Scores in the order of tasks and indices.
+
+        Args:
+            found: task and index → the item of those questions that are answered.
+        """
+        scores: list[QuestionScore] = []
+        for name, questions in self._questions.items():
+            indices = [question.index for question in questions if (name, question.index) in found]
+            items = values = [found[name, index] for index in indices]
+            if name not in self._choices:
+                measure, is_all = self._measures[name], len(items) == len(questions)
+                if not self.is_checked:
+                    measure.check(items)
+                values = measure.values(items, unit=None if is_all else self._unit(name))
+            scores += [QuestionScore(name, index, value) for index, value in zip(indices, values, strict=True)]
         n, of = unscored_questions(scores)
         return Scored(scores, {"unscored": n / of} if n else {})
+
+    def _unit(self, name: str) -> float | None:
+        """How long a task's questions are, if long ones count more: of all, so that it is the same after each stage."""
+        measure = self._measures[name]
+        if measure.is_weighted and name not in self._units:
+            made_up = [[-1.0] * len(question.requests) for question in self._questions[name]]
+            pairs = zip(self._questions[name], made_up, strict=True)
+            items = [_results(self._tasks[name], question, answers).get(measure.metric) for question, answers in pairs]
+            self._units[name] = measure.unit(items)
+        return self._units.get(name)
 
     def _answer(self, model: HarnessModel, progress: Progress) -> dict[str, list[_Answered]]:
         """The model's answers to the requests of each task."""
         if self._prepared is None or self._prepared[0] is not model:
-            self.prepare(model)
+            self._prepare(model)
         assert self._prepared is not None
         left = self._n_requests.copy()  # of each question, unanswered
-        answered: dict[str, list[_Answered]] = {name: [] for name in self._tasks}
+        answered: dict[str, list[_Answered]] = {name: [] for name in self._questions}
         for prepared in self._prepared[1]:
 
             def done(indices: Sequence[int], owners: _Int64s = prepared.owners) -> None:
@@ -289,8 +292,8 @@ class LmEvalEvaluator:
                 answered[name].append((prepared.instances[span], found[span]))
         return answered
 
-    def _values(self, name: str, answered: Sequence[_Answered]) -> Sequence[float | None]:
-        """The score of each question of a task."""
+    def _items_of(self, name: str, answered: Sequence[_Answered]) -> Sequence[Any]:
+        """What the metric of a task makes of each of its questions; of plain choices the score."""
         if name in self._choices:
             return self._choices[name].scores(np.array([answer[0] for _, answers in answered for answer in answers]))
         questions, measure = self._questions[name], self._measures[name]
@@ -310,15 +313,13 @@ class LmEvalEvaluator:
                 continue
             answers = [instance.filtered_resps[measure.filter] for instance in question.requests]
             items.append(self._item(name, question, answers))
-        if not self.is_checked:
-            measure.check(items)
-        return measure.values(items)
+        return items
 
     def _filter(self, name: str) -> Any:
         """What makes answers of a model's texts, for the metric of a task."""
         return next(each for each in self._tasks[name]._filters if each.name == self._measures[name].filter)
 
-    def _item(self, name: str, question: _Question, answers: list[Any]) -> Any:
+    def _item(self, name: str, question: Question, answers: list[Any]) -> Any:
         """What the task's metric makes of the answers to a question."""
         task, metric = self._tasks[name], self._measures[name].metric
         # A task's own code may do what it likes; lm-eval's gives the same for the same text, in every trial.
@@ -330,28 +331,7 @@ class LmEvalEvaluator:
         return self._items[key][1]
 
 
-def _put(loaded: LoadedTask, asked: set[int], chat: ChatFormat) -> Iterator[_Question]:
-    """Put questions as lm-eval would put all of the task's: each has the same examples, whatever else is asked."""
-    task = loaded.task
-    settings = chat.settings()
-    n = task.get_config("num_fewshot") or 0
-    task.set_fewshot_seed(FEWSHOT_SEED)
-    for index, doc in enumerate(loaded.questions[: max(asked) + 1]):
-        if index not in asked and type(task).fewshot_context is ConfigurableTask.fewshot_context:
-            if n:  # drawn for the questions between, as lm-eval does
-                own = task.fewshot_cfg.split == task.config.test_split
-                task.sampler.sample(n=n, eval_doc=doc if own else None)
-            continue
-        context = task.fewshot_context(doc, num_fewshot=n, gen_prefix=task.doc_to_prefix(doc), **settings)
-        if index not in asked:
-            continue
-        metadata = (loaded.name, index, task.config.repeats)
-        template = {key: settings[key] for key in ("apply_chat_template", "chat_template")}
-        requests = task.construct_requests(doc=doc, ctx=context, metadata=metadata, **template)
-        yield _Question(loaded.name, index, doc, requests if isinstance(requests, list) else [requests])
-
-
-def _results(task: Any, question: _Question, answers: list[Any]) -> Mapping[str, Any]:
+def _results(task: Any, question: Question, answers: list[Any]) -> Mapping[str, Any]:
     """What the task makes of the answers to a question: metric → its item."""
     # A task's own code may write into the question; lm-eval's does not.
     doc = copy.deepcopy(question.doc) if _has_own_results(task) else question.doc
@@ -362,12 +342,6 @@ def _results(task: Any, question: _Question, answers: list[Any]) -> Mapping[str,
     except Exception as error:
         raise RunError(f"task {question.task}, question {question.index}: {one_line(error)}") from error
     return results
-
-
-def _hint(loaded: LoadedTask) -> str:
-    """What may be wrong if a question cannot be put."""
-    wanted, pool = loaded.task.get_config("num_fewshot") or 0, getattr(getattr(loaded.task, "sampler", None), "df", ())
-    return f" ({wanted} examples are asked for, of {len(pool)})" if wanted > len(pool) else ""
 
 
 def _has_own_results(task: Any) -> bool:

@@ -58,11 +58,22 @@ class Measure:
             logarithmic=self.logarithmic,
         )
 
-    def values(self, items: Sequence[Any]) -> list[float | None]:
+    @property
+    def is_weighted(self) -> bool:
+        """Whether long questions count more."""
+        return self.aggregate in WEIGHTED
+
+    def unit(self, items: Sequence[Any]) -> float:
+        """The mean of words or bytes of questions, if long ones count more; NaN of none."""
+        known = [size for item in items if item is not None for size in [float(item[1])]]
+        return math.fsum(known) / len(known) if known else math.nan
+
+    def values(self, items: Sequence[Any], *, unit: float | None = None) -> list[float | None]:
         """The number of each question.
 
         Args:
             items: what the task's `process_results` gave for the metric; None if it gave nothing.
+            unit: of all questions, if these are some of them; None: they are all.
 
         Returns:
             None where it gave nothing, or what is no finite number. The mean of the others is the metric, or its
@@ -71,8 +82,8 @@ class Measure:
         Raises:
             TaskError: an item is nothing that the metric can be computed of.
         """
-        if self.aggregate in WEIGHTED:
-            return self._shares(items)
+        if self.is_weighted:
+            return self._shares(items, self.unit(items) if unit is None else unit)
         return [None if item is None else _finite(self._value(item)) for item in items]
 
     def check(self, items: Sequence[Any]) -> None:
@@ -103,10 +114,8 @@ class Measure:
                 raise TaskError(what) from error
             raise self._refusal() from error
 
-    def _shares(self, items: Sequence[Any]) -> list[float | None]:
+    def _shares(self, items: Sequence[Any], unit: float) -> list[float | None]:
         """-log-likelihood of each question, over the mean of words or bytes of all questions."""
-        known = [size for item in items if item is not None for size in [float(item[1])]]
-        unit = math.fsum(known) / len(known) if known else math.nan
         scale = unit * (math.log(2) if self.aggregate is bits_per_byte else 1)
         return [None if item is None or not scale else _finite(-float(item[0]) / scale) for item in items]
 

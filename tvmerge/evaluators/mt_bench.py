@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tvmerge.errors import RunError, StopError
-from tvmerge.evaluators import MAX_UNSCORED, Progress, QuestionScore, Scored, unscored_questions
+from tvmerge.evaluators import MAX_UNSCORED, AfterStage, Progress, QuestionScore, Scored, unscored_questions
 from tvmerge.evaluators.bench import Bench
 from tvmerge.evaluators.fastchat import FastChatFiles, Rated, Talk
 from tvmerge.judges import Judge, Judgment
@@ -66,6 +66,8 @@ class MtBenchEvaluator:
         max_unscored: the greatest share of questions that lack a rating, of any turn, with which a model has a score.
         files: where answers and judgments are kept; None: nowhere.
         meter: of what the judge costs; None: nothing.
+        stages: a division of the questions, which are then asked and judged one part after the other; none: all at
+            once.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class MtBenchEvaluator:
         max_unscored: float = MAX_UNSCORED,
         files: FastChatFiles | None = None,
         meter: Meter | None = None,
+        stages: Sequence[Sequence[int]] = (),
     ) -> None:
         self._bench = bench
         self._indices = list(questions)
@@ -86,6 +89,7 @@ class MtBenchEvaluator:
         self._max_unscored = max_unscored
         self._files = files
         self._meter = meter
+        self._stages = [frozenset(stage) for stage in stages if stage] or [frozenset(self._indices)]
 
     @property
     def n_questions(self) -> int:
@@ -116,13 +120,16 @@ class MtBenchEvaluator:
             return question.temperature
         return TEMPERATURES.get(question.category, OTHER_TEMPERATURE)
 
-    def score(self, model: ChatModel, progress: Progress, *, name: str) -> Scored:
+    def score(
+        self, model: ChatModel, progress: Progress, *, name: str, after_stage: AfterStage | None = None
+    ) -> Scored:
         """Have all conversations, turn by turn, and wait for the ratings.
 
         Args:
             model: to talk with.
             progress: told how many turns are rated.
-            name: of the model, in the files of answers and judgments.
+            name: of the model, in the files of answers and judgments, which have whole trials only.
+            after_stage: told what is rated so far, if there are stages.
 
         Raises:
             RunError: too many questions lack a rating.
@@ -132,8 +139,50 @@ class MtBenchEvaluator:
             self._meter.begin(name)
         talks = [_Talk(i, choice) for i in self._indices for choice in range(self._asking.num_choices)]
         waiting: dict[tuple[int, int, int], Future[Judgment]] = {}
+        asked: frozenset[int] = frozenset()
+        rated: Sequence[Rated] = ()
         tokens = 0
-        for turn in range(max(len(self._bench.questions[i].turns) for i in self._indices)):
+        for number, stage in enumerate(self._stages):
+            if number and after_stage is not None:
+                after_stage(number - 1, self._scored(name, rated, tokens))
+            part = [talk for talk in talks if talk.index in stage]
+            tokens += self._converse(part, model, progress, waiting)
+            asked |= stage
+            self._judge.finish()
+            self._ask_again(talks, waiting, n_asked=len(asked))
+            judgments = {key: _result(future) for key, future in waiting.items()}
+            rated = self._rated([talk for talk in talks if talk.index in asked], judgments)
+            self._check(rated)
+        if self._files is not None:
+            self._files.write(name, [each.talk for each in rated if each.turn == 1], rated)
+        return self._scored(name, rated, tokens)
+
+    def _scored(self, name: str, rated: Sequence[Rated], tokens: int) -> Scored:
+        facts = self._facts(rated) | {"generated_tokens": tokens}
+        if self._meter is not None:
+            facts["judge_usage"] = asdict(self._meter.of(name))
+        return Scored([self._score(each) for each in rated], facts)
+
+    def _converse(
+        self,
+        talks: Sequence[_Talk],
+        model: ChatModel,
+        progress: Progress,
+        waiting: dict[tuple[int, int, int], Future[Judgment]],
+    ) -> int:
+        """Have some conversations, and ask for the judgments.
+
+        Args:
+            talks: take up the answers.
+            model: to talk with.
+            progress: told how many turns are rated.
+            waiting: takes up the judgments, by question, choice and turn.
+
+        Returns:
+            How many tokens were generated.
+        """
+        tokens = 0
+        for turn in range(max(len(self._bench.questions[talk.index].turns) for talk in talks)):
             going = [t for t in talks if len(t.answers) == turn < len(self._bench.questions[t.index].turns)]
 
             def take(which: int, answer: ChatAnswer, going: Sequence[_Talk] = going) -> None:
@@ -151,20 +200,11 @@ class MtBenchEvaluator:
 
             answers = model.answer([self._request(talk) for talk in going], take)
             tokens += sum(answer.n_tokens for answer in answers)
-        self._judge.finish()
-        self._ask_again(talks, waiting)
-        done = [Talk(t.index, self._bench.questions[t.index], t.choice, tuple(t.answers)) for t in talks]
-        failures = [talk.failure for talk in talks]
-        rated = self._rated(done, failures, {key: _result(future) for key, future in waiting.items()})
-        facts = self._facts(rated) | {"generated_tokens": tokens}
-        if self._meter is not None:
-            facts["judge_usage"] = asdict(self._meter.of(name))
-        self._check(rated)
-        if self._files is not None:
-            self._files.write(name, done, rated)
-        return Scored([self._score(each) for each in rated], facts)
+        return tokens
 
-    def _ask_again(self, talks: Sequence[_Talk], waiting: dict[tuple[int, int, int], Future[Judgment]]) -> None:
+    def _ask_again(
+        self, talks: Sequence[_Talk], waiting: dict[tuple[int, int, int], Future[Judgment]], *, n_asked: int
+    ) -> None:
         """Have lost judgments made once more, if they are too many: nothing was wrong with the answers.
 
         Raises:
@@ -172,7 +212,7 @@ class MtBenchEvaluator:
         """
         for last in (False, True):
             lost = [key for key, future in waiting.items() if _result(future).is_lost]
-            if len({index for index, _, _ in lost}) <= self._max_unscored * self.n_questions:
+            if len({index for index, _, _ in lost}) <= self._max_unscored * n_asked:
                 return
             if last:
                 reason = _result(waiting[lost[0]]).reason
@@ -196,16 +236,12 @@ class MtBenchEvaluator:
         seed = int.from_bytes(hashlib.sha256(json.dumps(drawn).encode()).digest()[:8], "big")
         return ChatRequest(messages=messages, temperature=self._temperature(talk.index), seed=seed)
 
-    def _rated(
-        self,
-        talks: Sequence[Talk],
-        failures: Sequence[str | None],
-        judgments: Mapping[tuple[int, int, int], Judgment],
-    ) -> Sequence[Rated]:
+    def _rated(self, talks: Sequence[_Talk], judgments: Mapping[tuple[int, int, int], Judgment]) -> Sequence[Rated]:
         """Every turn of every talk; one without an answer is unscored, and never judged."""
         rated = []
-        for talk, failure in zip(talks, failures, strict=True):
-            nothing = Judgment(rating=None, reason=f"no answer: {failure}")
+        for had in talks:
+            talk = Talk(had.index, self._bench.questions[had.index], had.choice, tuple(had.answers))
+            nothing = Judgment(rating=None, reason=f"no answer: {had.failure}")
             for turn in range(1, len(talk.question.turns) + 1):
                 rated.append(Rated(talk, turn, judgments.get((talk.index, talk.choice, turn), nothing)))
         return rated
@@ -223,11 +259,11 @@ class MtBenchEvaluator:
         return facts | ({"judge_spread": sum(spreads) / len(spreads)} if spreads else {})
 
     def _check(self, rated: Sequence[Rated]) -> None:
-        n, of = unscored_questions(map(self._score, rated))
-        if n > self._max_unscored * of:
+        n, _ = unscored_questions(map(self._score, rated))
+        if n > self._max_unscored * self.n_questions:
             raise RunError(
-                f"{n} of {of} questions lack a rating, more than --max_unscored {self._max_unscored:g} allows; most "
-                f"often: {_reasons(rated).most_common(1)[0][0]}"
+                f"{n} of {self.n_questions} questions lack a rating, more than --max_unscored {self._max_unscored:g} "
+                f"allows; most often: {_reasons(rated).most_common(1)[0][0]}"
             )
 
 

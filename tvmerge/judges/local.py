@@ -110,6 +110,11 @@ class LocalClient:
         """Share the device with the model whose answers are judged."""
         self._candidate = candidate
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of how it answers; there may be more after each trial."""
+        return [] if self._chat is None else [f"the judge: {note}" for note in self._chat.notes]
+
     async def complete(self, prompt: Prompt, *, attempt: int, retries: int | None = None) -> Completion:
         """Wait until `serve` has answered.
 

@@ -12,7 +12,7 @@ import jinja2
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from tvmerge.models.batching import START_TOKENS, TokenBudget
+from tvmerge.models.batching import START_TOKENS, TokenBudget, does_not_fit, is_out_of_memory
 from tvmerge.models.chat_template import ChatTemplate
 from tvmerge.models.generation import (
     DOES_NOT_FIT,
@@ -71,6 +71,7 @@ class ChatModel:
         max_new_tokens: of an answer; fewer where the model takes no more.
         batch_size: requests at a time; `auto`: as many as fit. Both are halved when they do not.
         tokens: with `auto`, how many tokens of a batch an earlier process has found to fit.
+        more_notes: gives what else the user should know, of a judge beside it.
     """
 
     def __init__(
@@ -81,7 +82,9 @@ class ChatModel:
         max_new_tokens: int,
         batch_size: int | Literal["auto"],
         tokens: int | None = None,
+        more_notes: Callable[[], Sequence[str]] = tuple,
     ) -> None:
+        self._more_notes = more_notes
         self._model, self._tokenizer, self._template = model.model, model.tokenizer, template
         self._max_new_tokens = max_new_tokens
         self._max_rows = None if batch_size == "auto" else batch_size
@@ -93,8 +96,13 @@ class ChatModel:
         self._remembered: OrderedDict[str, array[int]] = OrderedDict()
         self._n_remembered = 0
         self._here = can_generate_here(model.model, drawn=True)
-        #: What a report should say of how answers are made.
-        self.notes = [] if self._here else [_SLOW]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of how answers are made; there may be more after each trial."""
+        slow = [] if self._here else [_SLOW]
+        halved = self.budget.was_halved and self._max_rows is not None
+        return [*slow, *([does_not_fit(self._max_rows or 0)] if halved else []), *self._more_notes()]
 
     def answer(
         self, requests: Sequence[ChatRequest], done: Callable[[int, ChatAnswer], None] | None = None
@@ -206,10 +214,12 @@ class ChatModel:
                     logits_processor=[_refuse_no_numbers],
                     **settings,
                 )
-        except torch.OutOfMemoryError:
-            return Answer([], DOES_NOT_FIT)
         except _NotFiniteError:
             return Answer([], NOT_FINITE)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return Answer([], DOES_NOT_FIT)
         start = 1 if self._model.config.is_encoder_decoder else len(request.prompt)
         ids: list[int] = output[0, start:].tolist()
         for n in range(1, len(ids)):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tvmerge.models.batching import TokenBudget
+from tvmerge.models.batching import TokenBudget, is_out_of_memory
 from tvmerge.models.rows import NO_TOKEN, Rows
 from tvmerge.models.sampling import Sampling
 from tvmerge.models.stop_strings import StopStrings, answer_text
@@ -125,7 +125,7 @@ class Generator:
             max_rows: requests that it takes at a time, if the budget does not allow fewer.
 
         Raises:
-            torch.OutOfMemoryError: one request alone does not fit.
+            RuntimeError, MemoryError: one request alone does not fit.
         """
         with torch.no_grad(), _decoding(model):
             _Run(self, model, requests, budget, done, max_rows or len(requests)).run(alone=self._alone)
@@ -171,8 +171,8 @@ class _Run:
                 self._fill()
                 self._advance()
                 continue
-            except torch.OutOfMemoryError:
-                if len(self._at) == 1 and not alone:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or (len(self._at) == 1 and not alone):
                     raise
             # Here nothing holds on to what was computed.
             self._retreat()
@@ -232,12 +232,12 @@ class _Run:
     def _retreat(self) -> None:
         """Begin those in the batch anew, in batches of half its size."""
         self._rows = None
-        torch.cuda.empty_cache()
         at, self._at = self._at, []
         if len(at) == 1:
+            torch.cuda.empty_cache()
             self._end(at[0], DOES_NOT_FIT)
             return
-        self._budget.tokens = max(self._lengths[index] for index in at) * (len(at) // 2)
+        self._budget.halve(longest=max(self._lengths[index] for index in at), n=len(at))
         self._wait(self._ids)
         self._ids = {}
 
@@ -281,7 +281,7 @@ class PreparedGeneration:
             logit of a step was no finite number, so that there is no token.
 
         Raises:
-            torch.OutOfMemoryError: one request alone does not fit.
+            RuntimeError, MemoryError: one request alone does not fit.
         """
         answers: list[list[int] | None] = [None] * len(self._requests)
 

@@ -123,7 +123,7 @@ class PackedLikelihoods:
 
         Raises:
             ValueError: rows are longer than a window in which the model's layers see.
-            torch.OutOfMemoryError: one row alone does not fit.
+            RuntimeError, MemoryError: one row alone does not fit.
         """
         self._check_windows(model)
         if self._narrows is None:
