@@ -41,6 +41,7 @@ ROOMS = [
     "score_log",
     "search",
     "storage",
+    "trial_table",
     "heartbeat",
     "trial_queue",
     "study",

@@ -32,7 +32,7 @@ from tvmerge.samplers import Recommendation, recommend
 from tvmerge.score_log import ScoreLog, unpacked
 from tvmerge.search import BASELINES
 from tvmerge.storage import STORAGE_ERRORS, STUDY_FILE, STUDY_NAME, file_url, open_storage, reason_of
-from tvmerge.trial_queue import JOINED, MAIN, Claim, StudyPlan, TrialQueue
+from tvmerge.trial_queue import MAIN, Claim, StudyPlan, TrialQueue
 
 __all__ = ["MergeStudy", "TrialResult"]
 
@@ -144,8 +144,6 @@ class MergeStudy:
             was = ", ".join(f"{key} was {known.get(key)!r} and is {identity.get(key)!r}" for key in different)
             place, advice = (self._name, "") if self._output is None else (self._output, ": name another --output_dir")
             raise StudyError(f"{place} holds a study of another configuration: {was}{advice}")
-        if self._worker != MAIN:
-            self.remember(JOINED + self._worker, True)
         if self._output is not None:
             self.scores = ScoreLog(self._output / "scores.jsonl")
             self._check_scores(is_new=is_new)
