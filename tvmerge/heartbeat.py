@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -113,8 +114,9 @@ class Heartbeat:
         self._seen = seen
 
     def _end_process(self) -> None:
-        if self._hung is not None:
-            self._hung()
+        with suppress(*STORAGE_ERRORS):  # then the next process notices that it was not ended
+            if self._hung is not None:
+                self._hung()
         print("\nthe trial hangs where nothing can interrupt it: this process ends itself", file=sys.stderr, flush=True)
         os._exit(HUNG_STATUS)
 

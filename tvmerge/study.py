@@ -25,7 +25,7 @@ from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from tvmerge.errors import InputError, RunError, StopError, StudyError, TrialStopped
+from tvmerge.errors import InputError, RunError, StopError, StudyError, TrialStopped, TrialTimeout
 from tvmerge.evaluators import QuestionScore, Scored, mean_score, task_scores
 from tvmerge.heartbeat import Heartbeat
 from tvmerge.samplers import Recommendation, recommend
@@ -272,6 +272,8 @@ class MergeStudy:
         try:
             scored = evaluate(claim.weights, claim.number)
             score = mean_score(scored.scores, self.plan.goals)
+            if self.trial_timeout is not None and time.monotonic() - started > self.trial_timeout:
+                raise TrialTimeout(f"it took longer than {self.trial_timeout:g} s")
             if score is None:
                 unscored = ", ".join(task for task, mean in task_scores(scored.scores).items() if mean is None)
                 raise RunError(f"no question could be scored, of {unscored or 'no task'}")
