@@ -18,6 +18,7 @@ from contextlib import suppress
 
 __all__ = ["follow_parent", "supervise"]
 
+WORKER = (sys.executable, "-m", "tvmerge", "worker")
 DONE, WRONG_INPUT, INTERRUPTED = 0, 2, 130
 #: A process that dies sooner, in seconds, has not come far; after so many of them in a row the parent gives up.
 SOON, MOST_DEATHS = 60.0, 3
@@ -25,18 +26,19 @@ SOON, MOST_DEATHS = 60.0, 3
 SUPERVISED = "TVMERGE_SUPERVISED"
 
 
-def supervise(arguments: Sequence[str], *, name: str | None) -> int:
+def supervise(arguments: Sequence[str], *, name: str | None, program: Sequence[str] = WORKER) -> int:
     """Run a worker until it ends by itself.
 
     Args:
         arguments: of the worker, as on the command line.
         name: what it is called; None: of this machine and process.
+        program: that takes them.
 
     Returns:
         The exit status of the last process.
     """
     name = name or f"{platform.node()}-{os.getpid()}"
-    command = [sys.executable, "-m", "tvmerge", "worker", *arguments, "--name", name, "--restart", "false"]
+    command = [*program, *arguments, "--name", name, "--restart", "false"]
     deaths, is_first = 0, True
     while True:
         begun = time.monotonic()
