@@ -36,6 +36,7 @@ from tvmerge.models.transformers import TransformersModel
 from tvmerge.search import BASELINES
 from tvmerge.sources import MergeSettings, open_sources
 from tvmerge.study import MergeStudy
+from tvmerge.trial_queue import StudyPlan
 
 __all__ = ["ROUNDS", "Timer", "made_up_task", "overhead", "plain_passes", "sharing", "wide_model"]
 
@@ -128,11 +129,13 @@ def overhead(*, n_questions: int, rounds: int, batch_size: int = 256) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         study = MergeStudy(
             output_dir=Path(folder),
-            identity={},
-            ranges=dict.fromkeys(merge.weight_names, FloatDistribution(0.0, 2.0)),
-            sampler="TPE",
-            seed=0,
-            first=[dict.fromkeys(merge.weight_names, weight) for weight in BASELINES],
+            plan=StudyPlan(
+                identity={},
+                ranges=dict.fromkeys(merge.weight_names, FloatDistribution(0.0, 2.0)),
+                sampler="TPE",
+                seed=0,
+                first=[dict.fromkeys(merge.weight_names, weight) for weight in BASELINES],
+            ),
         )
         gc.freeze()  # as a run does it
         for _ in range(2 + rounds):  # the first two warm up

@@ -42,6 +42,7 @@ ROOMS = [
     "score_log",
     "search",
     "storage",
+    "trial_table",
     "heartbeat",
     "trial_queue",
     "pruning",

@@ -80,20 +80,6 @@ def test_a_study_that_stops_anywhere_ends_like_one_that_does_not(sampler: str, t
     assert (stopped / "scores.jsonl").read_bytes() == (straight / "scores.jsonl").read_bytes()
 
 
-def test_a_trial_whose_taker_died_before_it_said_its_name_is_taken_up(tmp_path: Path) -> None:
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    straight.mkdir()
-    stopped.mkdir()
-    expected = run(straight, 12)
-    run(stopped, 1)
-    study = open_study(stopped)
-    waiting = study.trials()[1]
-    assert waiting.state == optuna.trial.TrialState.WAITING
-    study._queue._storage.set_trial_state_values(waiting._trial_id, optuna.trial.TrialState.RUNNING)
-    study.close()
-    assert run(stopped, 12) == expected
-
-
 def test_baselines_come_first(tmp_path: Path) -> None:
     results = run(tmp_path, 4)
     assert [list(weights.values()) for _, weights, _ in results[:3]] == [[0, 0], [1, 1], [0.5, 0.5]]

@@ -87,12 +87,13 @@ def _run_moe(config: MoeConfig) -> None:
 
 def _run_worker(config: WorkerConfig) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if config.restart:
-        from tvmerge.supervisor import supervise
+    from tvmerge.supervisor import follow_parent, supervise
 
+    if config.restart:
         own = {key: value for key, value in vars(config).items() if key not in ("restart", "name")}
         given = {key: str(value) for key, value in own.items() if value is not None}
         return supervise([f"--{key}={value}" for key, value in given.items()], name=config.name)
+    follow_parent()
     from tvmerge.worker import work
 
     work(config)

@@ -15,12 +15,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from tvmerge.storage import STORAGE_ERRORS
+from tvmerge.trial_table import change_trial
 
 __all__ = ["MAX_REPEATS", "MISSES", "Heartbeat", "hand_back"]
 
@@ -28,7 +29,8 @@ __all__ = ["MAX_REPEATS", "MISSES", "Heartbeat", "hand_back"]
 MISSES = 4
 #: How often a trial is run again whose worker has died: one that kills every worker must not go around for ever.
 MAX_REPEATS = 2
-#: Seconds beyond the limit of a trial after which its process is ended, as it hangs where nothing can interrupt it.
+#: Seconds beyond the limit of a trial after which its process is ended, as it hangs where nothing can interrupt it. For
+#: a limit that is less, as many as that.
 HANGING = 30.0
 #: Status of a process that ended itself; EX_TEMPFAIL of sysexits.h: what is run again may succeed.
 HUNG_STATUS = 75
@@ -67,7 +69,7 @@ class Heartbeat:
             hung: what is to be done before the process is ended if it takes much longer than that.
         """
         self._hung = hung
-        self._deadline = None if limit is None else time.monotonic() + limit + HANGING
+        self._deadline = None if limit is None else time.monotonic() + limit + min(limit, HANGING)
         self._trial = trial_id
 
     def end(self) -> None:
@@ -84,8 +86,6 @@ class Heartbeat:
             try:
                 self._beat()
                 self._look()
-            except UpdateFinishedTrialError:  # it was finished meanwhile
-                pass
             except STORAGE_ERRORS:  # the next time, perhaps: the run itself says it if the storage has gone
                 pass
             if self._deadline is not None and time.monotonic() > self._deadline:
@@ -96,7 +96,8 @@ class Heartbeat:
         trial = self._trial
         if trial is not None:
             self._n_signs += 1
-            self._storage.set_trial_user_attr(trial, "beat", f"{self._worker}:{self._n_signs}")
+            sign = {"beat": f"{self._worker}:{self._n_signs}"}
+            change_trial(self._storage, trial, TrialState.RUNNING, having={"worker": self._worker}, attributes=sign)
 
     def _look(self) -> None:
         running = self._storage.get_all_trials(self._study_id, deepcopy=False, states=(TrialState.RUNNING,))
@@ -113,8 +114,9 @@ class Heartbeat:
         self._seen = seen
 
     def _end_process(self) -> None:
-        if self._hung is not None:
-            self._hung()
+        with suppress(*STORAGE_ERRORS):  # then the next process notices that it was not ended
+            if self._hung is not None:
+                self._hung()
         print("\nthe trial hangs where nothing can interrupt it: this process ends itself", file=sys.stderr, flush=True)
         os._exit(HUNG_STATUS)
 
@@ -122,18 +124,19 @@ class Heartbeat:
 def hand_back(storage: RDBStorage, trial: FrozenTrial, *, reason: str) -> bool:
     """Have a trial run again, or fail it if it was run again MAX_REPEATS times.
 
+    Args:
+        storage: of the study.
+        trial: that runs, as it was seen; one that has left another sign since then stays as it is.
+        reason: why it will not end.
+
     Returns:
         Whether it will be run again.
     """
     repeats = int(trial.user_attrs.get("repeats", 0))
-    try:
-        if repeats >= MAX_REPEATS:
-            text = f"it was begun {repeats + 1} times and never ended: {reason}"
-            storage.set_trial_user_attr(trial._trial_id, "failure", text)
-            storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-            return False
-        storage.set_trial_user_attr(trial._trial_id, "repeats", repeats + 1)
-        storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
-    except UpdateFinishedTrialError:  # somebody was faster
+    seen = {key: trial.user_attrs.get(key) for key in ("worker", "beat")}
+    if repeats >= MAX_REPEATS:
+        failure = {"failure": f"it was begun {repeats + 1} times and never ended: {reason}"}
+        change_trial(storage, trial._trial_id, TrialState.FAIL, having=seen, attributes=failure)
         return False
-    return True
+    again = {"repeats": repeats + 1}
+    return change_trial(storage, trial._trial_id, TrialState.WAITING, having=seen, attributes=again)

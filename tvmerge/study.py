@@ -25,7 +25,7 @@ from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from tvmerge.errors import InputError, RunError, StopError, StudyError
+from tvmerge.errors import InputError, RunError, StopError, StudyError, TrialTimeout
 from tvmerge.evaluators import QuestionScore, Scored, mean_score, task_scores
 from tvmerge.heartbeat import Heartbeat
 from tvmerge.pruning import Other, TrialStopped
@@ -33,7 +33,7 @@ from tvmerge.samplers import Recommendation, pareto_front, recommend
 from tvmerge.score_log import ScoreLog, unpacked
 from tvmerge.search import BASELINES
 from tvmerge.storage import STORAGE_ERRORS, STUDY_FILE, STUDY_NAME, file_url, open_storage, reason_of
-from tvmerge.trial_queue import JOINED, MAIN, Claim, StudyPlan, TrialQueue
+from tvmerge.trial_queue import MAIN, Claim, StudyPlan, TrialQueue
 
 __all__ = ["MergeStudy", "TrialResult"]
 
@@ -145,8 +145,6 @@ class MergeStudy:
             was = ", ".join(f"{key} was {known.get(key)!r} and is {identity.get(key)!r}" for key in different)
             place, advice = (self._name, "") if self._output is None else (self._output, ": name another --output_dir")
             raise StudyError(f"{place} holds a study of another configuration: {was}{advice}")
-        if self._worker != MAIN:
-            self.remember(JOINED + self._worker, True)
         if self._output is not None:
             self.scores = ScoreLog(self._output / "scores.jsonl")
             self._check_scores(is_new=is_new)
@@ -287,6 +285,8 @@ class MergeStudy:
         try:
             scored = evaluate(claim.weights, claim.number)
             score = mean_score(scored.scores, self.plan.goals)
+            if self.trial_timeout is not None and time.monotonic() - started > self.trial_timeout:
+                raise TrialTimeout(f"it took longer than {self.trial_timeout:g} s")
             if score is None:
                 unscored = ", ".join(task for task, mean in task_scores(scored.scores).items() if mean is None)
                 raise RunError(f"no question could be scored, of {unscored or 'no task'}")

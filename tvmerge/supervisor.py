@@ -1,4 +1,8 @@
-"""The parent of a worker: starts a new process whenever one dies. It imports nothing heavy."""
+"""The parent of a worker: starts a new process whenever one dies. It imports nothing heavy.
+
+A worker is a session of its own, so that Ctrl-C reaches it once and through its parent, and its input is a pipe that
+ends with its parent, however that dies: a worker without one hands its trial back and ends too.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +11,42 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
-__all__ = ["supervise"]
+__all__ = ["follow_parent", "supervise"]
 
-#: Exit statuses after which nothing is tried again: done, wrong input, interrupted.
-FINAL = frozenset({0, 2, 130})
+WORKER = (sys.executable, "-m", "tvmerge", "worker")
+DONE, WRONG_INPUT, INTERRUPTED = 0, 2, 130
 #: A process that dies sooner, in seconds, has not come far; after so many of them in a row the parent gives up.
 SOON, MOST_DEATHS = 60.0, 3
+#: In the environment of a process whose input ends when its parent does.
+SUPERVISED = "TVMERGE_SUPERVISED"
 
 
-def supervise(arguments: Sequence[str], *, name: str | None) -> int:
+def supervise(arguments: Sequence[str], *, name: str | None, program: Sequence[str] = WORKER) -> int:
     """Run a worker until it ends by itself.
 
     Args:
         arguments: of the worker, as on the command line.
         name: what it is called; None: of this machine and process.
+        program: that takes them.
 
     Returns:
         The exit status of the last process.
     """
     name = name or f"{platform.node()}-{os.getpid()}"
-    command = [sys.executable, "-m", "tvmerge", "worker", *arguments, "--name", name, "--restart", "false"]
-    deaths = 0
+    command = [*program, *arguments, "--name", name, "--restart", "false"]
+    deaths, is_first = 0, True
     while True:
         begun = time.monotonic()
         status = _run(command)
-        if status in FINAL:
+        # What could be opened once may be there again after a while, as a database that is started anew.
+        if status in (DONE, INTERRUPTED) or (status == WRONG_INPUT and is_first):
             return status
+        is_first = False
         deaths = deaths + 1 if time.monotonic() - begun < SOON else 1
         if deaths >= MOST_DEATHS:
             print(f"worker {name}: died {deaths} times in a row, the last with status {status}", file=sys.stderr)
@@ -44,10 +55,28 @@ def supervise(arguments: Sequence[str], *, name: str | None) -> int:
 
 
 def _run(command: Sequence[str]) -> int:
-    process = subprocess.Popen(command)
+    environment = {**os.environ, SUPERVISED: "1"}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, env=environment)
     try:
         return process.wait()
     except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-        raise
+        process.terminate()  # not by SIGINT, which a shell has its background jobs ignore
+        try:
+            process.wait()
+        except KeyboardInterrupt:  # asked for twice
+            process.kill()
+            process.wait()
+        return INTERRUPTED
+
+
+def follow_parent() -> None:
+    """Interrupt this process when the parent has died that supervises it, if one does."""
+    if os.environ.pop(SUPERVISED, None) is not None:
+        threading.Thread(target=_wait_for_end, name="parent", daemon=True).start()
+
+
+def _wait_for_end() -> None:
+    with suppress(OSError):
+        while os.read(0, 1):
+            pass
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,37 +1,35 @@
 """Which trial a worker runs next, and how trials are written down: whole, once, and under one number for ever.
 
 A trial is created with its weights in one transaction. A worker that takes a trial that waits, or ends one, does so in
-one too, so that of several that try one does.
+one too (trial_table.py), so that of several that try one does.
 """
 
 from __future__ import annotations
 
 import math
+import secrets
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import Any
 
 import optuna
 from optuna.distributions import FloatDistribution
-from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 
 from tvmerge.evaluators import Goals, QuestionScore, task_scores, task_shares
 from tvmerge.heartbeat import hand_back
 from tvmerge.samplers import PointSampler
 from tvmerge.score_log import packed
+from tvmerge.trial_table import change_trial, create_trial
 
 __all__ = ["MAIN", "Claim", "StudyPlan", "TrialQueue"]
 
 #: What the process is called that began the study.
 MAIN = "main"
-#: Begins the attributes of a study that name its workers.
-JOINED = "worker "
-#: More weights than these are no parameters of Optuna's: a dashboard takes ten seconds for them, a storage one and a
-#: half milliseconds for each. They are in the trial's attribute `weights`, as they always are.
+#: More weights than these are no parameters of Optuna's: a dashboard takes ten seconds for them. They are in the
+#: trial's attribute `weights`, as they always are.
 MAX_PARAMETERS = 64
 
 
@@ -102,8 +100,8 @@ class TrialQueue:
 
     def begin(self) -> None:
         """Write down the first trials, as far as they are not."""
-        for point in self._plan.first[len(self.trials()) :]:
-            self._study.add_trial(self._template(point, TrialState.WAITING))
+        for number in range(len(self.trials()), len(self._plan.first)):
+            self._create(self._plan.first[number], number, TrialState.WAITING, {"given": True})
 
     def claim(self, n_trials: int) -> Claim | None:
         """A trial to run: one that this process left unfinished, else one that was handed back, else a new one.
@@ -115,58 +113,53 @@ class TrialQueue:
             None if there is none left.
         """
         for trial in self.trials(TrialState.RUNNING):
-            if self._is_mine(trial):
-                if self._worker == MAIN:
-                    self._storage.set_trial_user_attr(trial._trial_id, "worker", self._worker)
-                    return self._claimed(trial)
+            if trial.user_attrs.get("worker") != self._worker:
+                continue
+            if self._worker != MAIN:
                 hand_back(self._storage, trial, reason=f"{self._worker} has died")
-        for trial in self.trials(TrialState.WAITING):
-            if trial.number < n_trials and self._take(trial):
-                return self._claimed(trial)
-        trials = self.trials()
-        if len(trials) >= n_trials:
-            return None
-        point = self._sampler.point(trials, len(trials), stream=self._stream)
-        new = self._storage.create_new_trial(self._study_id, self._template(point, TrialState.RUNNING))
-        return self._claimed(next(trial for trial in reversed(self.trials()) if trial._trial_id == new))
+            elif self._take(trial, TrialState.RUNNING):
+                return self._claimed(trial._trial_id, trial.number, trial.user_attrs["weights"])
+        while True:
+            for trial in self.trials(TrialState.WAITING):
+                if trial.number < n_trials and self._take(trial, TrialState.WAITING):
+                    return self._claimed(trial._trial_id, trial.number, trial.user_attrs["weights"])
+            trials = self.trials()
+            number = len(trials)
+            if number >= n_trials:
+                return None
+            point = self._sampler.point(trials, number, stream=self._stream)
+            new = self._create(point, number, TrialState.RUNNING, {"worker": self._worker})
+            if new is not None:  # else another worker was faster, and what it tries says more
+                return self._claimed(new, number, point)
 
-    def _is_mine(self, trial: FrozenTrial) -> bool:
-        """Whether it is of this process or of one before it of the same name."""
-        worker = trial.user_attrs.get("worker")
-        # Where no worker ever joined, a trial whose taker was killed before it could say its name is ours too.
-        alone = not any(key.startswith(JOINED) for key in self._study.user_attrs)
-        return worker == self._worker or (self._worker == MAIN and worker is None and alone)
+    def _take(self, trial: FrozenTrial, was: TrialState) -> bool:
+        """Take a trial that waits, or that a process before this one left, if nobody else does."""
+        having = {"worker": self._worker} if was == TrialState.RUNNING else {}
+        # A sign that nobody has seen yet, so that who watches begins to count again.
+        taken = {"worker": self._worker, "beat": f"{self._worker}:{secrets.token_hex(4)}"}
+        return change_trial(
+            self._storage, trial._trial_id, TrialState.RUNNING, was=was, having=having, attributes=taken
+        )
 
-    def _take(self, trial: FrozenTrial) -> bool:
-        """Take a trial that waits, if nobody else does."""
-        try:
-            if not self._storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-                return False
-            self._storage.set_trial_user_attr(trial._trial_id, "worker", self._worker)
-        except UpdateFinishedTrialError:
-            return False
-        return True
-
-    def _claimed(self, trial: FrozenTrial) -> Claim:
-        self._claim = Claim(trial._trial_id, trial.number, dict(trial.user_attrs["weights"]))
+    def _claimed(self, trial_id: int, number: int, weights: Mapping[str, float]) -> Claim:
+        self._claim = Claim(trial_id, number, {name: float(weights[name]) for name in self._plan.ranges})
         return self._claim
 
-    def _template(self, point: Mapping[str, float], state: TrialState) -> FrozenTrial:
-        """A trial to be written down in one transaction."""
+    def _create(
+        self, point: Mapping[str, float], number: int, state: TrialState, attributes: Mapping[str, Any]
+    ) -> int | None:
+        """Write down a trial, if it still is the next."""
         ranges = self._plan.ranges
         inside = len(ranges) <= MAX_PARAMETERS and all(r.low <= point[name] <= r.high for name, r in ranges.items())
         weights = {name: float(point[name]) for name in ranges}
-        attributes: dict[str, Any] = {"weights": weights}
-        attributes |= {"given": True} if state == TrialState.WAITING else {"worker": self._worker}
-        template = create_trial(
-            state=TrialState.WAITING,  # which needs no dates
-            params=weights if inside else {},
-            distributions=dict(ranges) if inside else {},
-            user_attrs=attributes,
+        return create_trial(
+            self._storage,
+            self._study_id,
+            number=number,
+            state=state,
+            parameters={name: (weights[name], r) for name, r in ranges.items()} if inside else {},
+            attributes={"weights": weights, **attributes},
         )
-        template.state = state
-        template.datetime_start = datetime.now() if state == TrialState.RUNNING else None
-        return template
 
     def _values(self, scores: Sequence[QuestionScore], score: float) -> list[float]:
         """What Optuna is to maximise."""
@@ -198,28 +191,21 @@ class TrialQueue:
         Returns:
             Whether it was ours to end: another worker may have taken it over.
         """
-        known = self._storage.get_trial(claim.id)
-        if known.state != TrialState.RUNNING or known.user_attrs.get("worker") != self._worker:
-            self._claim = None
-            return False
         attributes = {**facts, "seconds": round(seconds, 3)}
         attributes |= {"scores": packed(scores)} if scores else {}
         attributes |= {} if score is None else {"score": score}
-        try:
-            for key, value in attributes.items():
-                self._storage.set_trial_user_attr(claim.id, key, value)
-            values = None if score is None else self._values(scores, score)
-            self._storage.set_trial_state_values(claim.id, state, values)
-        except UpdateFinishedTrialError:
-            return False
-        finally:
-            self._claim = None
-        return True
+        self._claim = None
+        return change_trial(
+            self._storage,
+            claim.id,
+            state,
+            having={"worker": self._worker},
+            attributes=attributes,
+            values=None if score is None else self._values(scores, score),
+        )
 
     def release(self) -> None:
         """Have another worker run the trial that this one will not end."""
-        if self._claim is not None and self._worker != MAIN:
-            known = self._storage.get_trial(self._claim.id)
-            if known.state == TrialState.RUNNING and known.user_attrs.get("worker") == self._worker:
-                self._storage.set_trial_state_values(self._claim.id, TrialState.WAITING)
-        self._claim = None
+        claim, self._claim = self._claim, None
+        if claim is not None and self._worker != MAIN:
+            change_trial(self._storage, claim.id, TrialState.WAITING, having={"worker": self._worker}, attributes={})
