@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -79,27 +80,39 @@ def _number(score: float | None) -> str:
 def verdict(best: Candidate, references: Sequence[Candidate], *, heldout: bool, goals: Goals | None = None) -> str:
     """In words: is the best merge better than each of the other models, on the questions of the table?
 
+    The first sentence says so if it is not clearly better than the target, or than one of several.
+
     Args:
         best: the model that the run recommends.
-        references: the models it is compared with.
+        references: the models it is compared with. Targets are those that say so; if none does, the first is.
         heldout: whether the search never saw these questions.
         goals: how the scores of tasks make that of a model.
     """
+    gains = [(reference, paired_gain(best.scores, reference.scores, goals)) for reference in references]
     lines = []
-    for reference in references:
-        gain = paired_gain(best.scores, reference.scores, goals)
+    for reference, gain in gains:
         if gain is None:
             lines.append(
                 f"{best.label} cannot be compared with {reference.label}: a task has no question scored for both"
             )
             continue
-        difference = f"{gain.mean:+.3f} ± {gain.standard_error:.3f} (standard error)"
-        lines.append(f"{best.label} is {_comparison(gain)} {reference.label}: {difference}")
+        relation, word = _comparison(gain)
+        numbers = f"{gain.mean:+.3f}, 95% interval {_end(gain.low)} to {_end(gain.high)}"
+        lines.append(f"{best.label} is {relation} {reference.label}: {numbers}: {word}")
     where = "questions that the search did not see" if heldout else "the very questions that were searched on"
-    return f"On {where}:\n" + "\n".join(f"- {line}" for line in lines)
+    said = f"On {where}:\n" + "\n".join(f"- {line}" for line in lines)
+    targets = [each for each in gains if each[0].is_target] or gains[:1]
+    missed = [target.label for target, gain in targets if gain is None or not gain.is_clear or gain.mean < 0]
+    if missed:
+        said = f"Nothing was found that is clearly better than {' or '.join(missed)}.\n\n{said}"
+    return said
 
 
-def _comparison(gain: Gain) -> str:
+def _comparison(gain: Gain) -> tuple[str, str]:
     if not gain.is_clear:
-        return "not clearly different from"
-    return "clearly better than" if gain.mean > 0 else "clearly worse than"
+        return "not clearly different from", "no clear gain"
+    return ("clearly better than", "a gain") if gain.mean > 0 else ("clearly worse than", "a loss")
+
+
+def _end(value: float) -> str:
+    return f"{value:+.3f}" if math.isfinite(value) else "unknown"
