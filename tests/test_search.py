@@ -158,7 +158,7 @@ def test_interval_holds_the_truth_as_often_as_it_says() -> None:
             model = scored(**{task: generator.choice([-1.0, 0.0, 1.0], 30, p=p).tolist() for task in "ab"})
             gain = paired_gain(model, [replace(s, score=0.0) for s in model])
             assert gain is not None
-            held += truth and gain.low <= truth <= gain.high
+            held += bool(truth) and gain.low <= truth <= gain.high
             clear += not truth and gain.is_clear
     assert 0.91 <= held / 300 <= 0.985
     assert clear / 300 <= 0.085

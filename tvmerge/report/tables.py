@@ -10,7 +10,7 @@ from tvmerge.evaluators import Goals, QuestionScore, TaskGoal, mean_score, task_
 from tvmerge.results import Candidate
 from tvmerge.search import Gain, paired_gain
 
-__all__ = ["score_table", "verdict"]
+__all__ = ["named_rows", "score_table", "verdict"]
 
 
 def score_table(
@@ -26,9 +26,9 @@ def score_table(
         categories: task → the category of each of its questions; such a task has a row for each of them.
     """
     goals = goals or {}
-    by_task = [task_scores(_rows(candidate.scores, categories or {})) for candidate in candidates]
+    by_task = [task_scores(named_rows(candidate.scores, categories or {})) for candidate in candidates]
     counts = {task: 0 for task in by_task[0]}
-    for task, _ in {(s.task, s.question) for s in _rows(candidates[0].scores, categories or {})}:
+    for task, _ in {(s.task, s.question) for s in named_rows(candidates[0].scores, categories or {})}:
         counts[task] += 1
     rows = [["task", "questions", *(candidate.label for candidate in candidates)]]
     for task, n in counts.items():
@@ -49,7 +49,7 @@ def score_table(
     return "\n".join(lines)
 
 
-def _rows(scores: Sequence[QuestionScore], categories: Mapping[str, Sequence[str]]) -> list[QuestionScore]:
+def named_rows(scores: Sequence[QuestionScore], categories: Mapping[str, Sequence[str]]) -> list[QuestionScore]:
     """Scores, named by what their rows are called."""
     return [replace(s, task=categories[s.task][s.question]) if s.task in categories else s for s in scores]
 
