@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tvmerge.evaluators import Goals, QuestionScore, TaskGoal, mean_score, task_scores
-from tvmerge.report.style import COLOURS, Drawn, heading, new_figure, shorten
+from tvmerge.report.style import COLOURS, Drawn, heading, intervals, new_figure, shorten
 from tvmerge.report.tables import named_rows
 from tvmerge.results import Candidate, Results
 from tvmerge.search import Gain, paired_gain, score_interval
@@ -72,11 +72,8 @@ def _bars(
         if mean is None or ends is None:
             axes.text(0.01, n, "unscored", va="center", color=COLOURS["muted"][0], transform=axes.get_yaxis_transform())
             continue
-        value, low, high = (
-            (mean, *ends) if task is None else (goal.shown(mean), goal.shown(ends[0]), goal.shown(ends[1]))
-        )
-        colour = COLOURS["best" if n == results.chosen else "band"][0]
-        axes.barh([n], [value], height=0.72, color=colour)
+        value, low, high = (mean, *ends) if task is None else map(goal.shown, (mean, *ends))
+        axes.barh([n], [value], height=0.72, color=COLOURS["best" if n == results.chosen else "band"][0])
         if math.isfinite(low) and math.isfinite(high):
             axes.plot([low, high], [n, n], color=COLOURS["ink"][0], linewidth=1.1)
     axes.set_yticks(range(len(scores)), [shorten(each.label, 26) for each in results.candidates])
@@ -104,12 +101,10 @@ def wilson(scores: Sequence[QuestionScore]) -> tuple[float, float] | None:
 
 def _gains(axes: Axes, scores: Sequence[Sequence[QuestionScore]], goals: Goals, results: Results, target: int) -> None:
     axes.axvline(0, color=COLOURS["muted"][0], linewidth=0.8)
-    for n, each in enumerate(scores):
-        gain = paired_gain(each, scores[target], goals) if n != target else None
-        if gain is None or not math.isfinite(gain.low):
-            continue
-        error = [[gain.mean - gain.low], [gain.high - gain.mean]]
-        axes.errorbar([gain.mean], [n], xerr=error, fmt="o", ms=4, linewidth=1.3, color=_colour(gain))
+    gains = [(n, paired_gain(each, scores[target], goals)) for n, each in enumerate(scores) if n != target]
+    known = [(n, gain) for n, gain in gains if gain is not None and math.isfinite(gain.low)]
+    ends = [(gain.low, gain.high) for _, gain in known]
+    intervals(axes, [n for n, _ in known], [gain.mean for _, gain in known], ends, [_colour(gain) for _, gain in known])
     axes.set_yticks(range(len(scores)), [""] * len(scores))
     axes.set_ylim(len(scores) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
@@ -127,7 +122,7 @@ def heldout_scatter(results: Results) -> Drawn | None:
     drawn = [(n, each, x, y) for n, each, x, y in known if x is not None and y is not None]
     if not drawn:
         return None
-    figure = new_figure(4.2, width=7.0)
+    figure = new_figure(4.2)
     axes = figure.add_subplot()
     for n, _, (x, *across), (y, *up) in drawn:
         colour = COLOURS["best" if n == results.chosen else "trial"][0]
@@ -164,6 +159,8 @@ def _names(axes: Axes, dots: Sequence[tuple[Candidate, float, float]]) -> None:
             textcoords="axes fraction",
             va="center",
             arrowprops={"arrowstyle": "-", "color": COLOURS["grid"][0], "shrinkB": 4, "linewidth": 0.7},
+            zorder=1,  # below the crosses
+            fontsize=7.5,
         )
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvmerge.report.grid import Grid, make_grid, scored_trials, searched_names
-from tvmerge.report.style import COLOURS, Drawn, heading, new_figure, shorten
+from tvmerge.report.style import COLOURS, Drawn, heading, intervals, new_figure, shorten
 from tvmerge.report.weights import columns_of
 from tvmerge.results import Results
 from tvmerge.samplers.recommend import student95
@@ -33,6 +33,8 @@ Floats = npt.NDArray[np.float64]
 
 #: Trials of weights that differ among themselves, below which nothing is drawn; and the last that are looked at.
 FEWEST, RECENT = 10, 400
+#: Of more weights the covariance takes seconds.
+MAX_WEIGHTS = 2000
 #: By how much the weights of a group are raised.
 STEP = 0.1
 #: Variance of the signal over that of the noise, tried in turn with equal prior probability.
@@ -98,6 +100,8 @@ def contributions(results: Results) -> Drawn | None:
     names, _ = searched_names(results)
     if len(names) < 2:
         return None
+    if len(names) > MAX_WEIGHTS:
+        return Drawn(None, f"What each group contributes is not computed for more than {MAX_WEIGHTS} weights.")
     trials = scored_trials(results)[-RECENT:]
     x = np.array([[trial.weights.get(name, np.nan) for name in names] for trial in trials]).reshape(-1, len(names))
     told = int((np.ptp(x, axis=1) > 1e-9).sum())
@@ -109,9 +113,9 @@ def contributions(results: Results) -> Drawn | None:
     found = {what: effects(x, scores, names, groups) for what, (_, groups) in parts.items()}
     narrow = [what for what in parts if what != "layer"]
     heights = [2.7] if "layer" in parts else []
-    heights += [0.5 + 0.19 * max(len(parts[what][0]) for what in narrow)] if narrow else []
+    heights += [0.8 + 0.19 * max(len(parts[what][0]) for what in narrow)] if narrow else []
     figure = new_figure(min(sum(heights) + 0.4, 11.0))
-    sub = np.atleast_1d(figure.subfigures(len(heights), 1, height_ratios=heights))
+    sub = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     if "layer" in parts:
         _upright(sub[0].add_subplot(), grid, found["layer"])
     if narrow:
@@ -149,20 +153,21 @@ def _colours(found: Effects) -> list[str]:
 
 def _upright(axes: Axes, grid: Grid, found: Effects) -> None:
     axes.axhline(0, color=COLOURS["muted"][0], linewidth=0.8)
-    for n, colour in enumerate(_colours(found)):
-        axes.errorbar([n], [found.mean[n]], yerr=[found.half[n]], fmt="o", ms=3.5, linewidth=1, color=colour)
+    at, colours = np.arange(len(found.mean)), _colours(found)
+    axes.vlines(at, found.mean - found.half, found.mean + found.half, colors=colours, linewidth=1.2)
+    axes.scatter(at, found.mean, s=14, color=colours, linewidths=0, zorder=3)
     columns_of(axes, grid)
     axes.set_ylabel(f"score at +{STEP}")
-    heading(axes, "by layer" if any(grid.layers) else "by kind of tensor")
+    heading(axes, "by layer" if any(grid.layers) else "by weight")
 
 
 def _level(axes: Axes, labels: Sequence[str], found: Effects, what: str) -> None:
     axes.axvline(0, color=COLOURS["muted"][0], linewidth=0.8)
-    for n, colour in enumerate(_colours(found)):
-        axes.errorbar([found.mean[n]], [n], xerr=[found.half[n]], fmt="o", ms=3.5, linewidth=1, color=colour)
+    ends = list(zip(found.mean - found.half, found.mean + found.half, strict=True))
+    intervals(axes, range(len(labels)), found.mean.tolist(), ends, _colours(found))
     step = -(-len(labels) // MAX_NAMED)
     axes.set_yticks(range(0, len(labels), step), [shorten(label or "whole layers", 24) for label in labels[::step]])
-    axes.invert_yaxis()
+    axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_xlabel(f"score at +{STEP}")
     axes.locator_params(axis="x", nbins=4)
     heading(axes, f"by {what}")

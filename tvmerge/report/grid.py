@@ -77,6 +77,8 @@ def make_grid(names: Sequence[str]) -> Grid:
     # The rows of an expert are together; sorting keeps their order, and what is outside of the layers is last.
     order = {row: n for n, row in enumerate(sorted(rows, key=lambda row: (groups.index(row[0]), row[1] == OUTSIDE)))}
     across = {column: n for n, column in enumerate(sorted(columns, key=lambda each: each[0]))}
+    if len(across) == 1 and len(groups) == len(names) > 1:
+        return _one_row(names, [shorter or "weight" for shorter in groups])
     return Grid(
         names=list(names),
         rows=list(order),
@@ -84,6 +86,12 @@ def make_grid(names: Sequence[str]) -> Grid:
         layers=[0 <= at < math.inf for at, _, _ in across],
         places=np.array([(order[row], across[column]) for row, column in cells], dtype=np.int64).reshape(-1, 2),
     )
+
+
+def _one_row(names: Sequence[str], labels: Sequence[str]) -> Grid:
+    """The grid of one weight for each expert or task vector."""
+    places = np.array([(0, n) for n in range(len(names))], dtype=np.int64)
+    return Grid(list(names), [("", "")], list(labels), [False] * len(names), places)
 
 
 def searched_names(results: Results) -> tuple[list[str], list[str]]:
@@ -113,11 +121,15 @@ def points(results: Results) -> dict[str, Mapping[str, float]]:
         found["recommended"] = results.recommendation.point
     if (best := best_observed(results)) is not None:
         found["best observed"] = best.weights
-    names: dict[str, Mapping[str, float]] = {}
+    alike: list[tuple[list[str], Mapping[str, float]]] = []
     for name, weights in found.items():
-        same = next((other for other, known in names.items() if dict(known) == dict(weights)), None)
+        same = next((names for names, known in alike if dict(known) == dict(weights)), None)
         if same is None:
-            names[name] = weights
+            alike.append(([name], weights))
         else:
-            names = {f"{other} = {name}" if other == same else other: known for other, known in names.items()}
-    return names
+            same.append(name)
+    return {_joined(names): weights for names, weights in alike}
+
+
+def _joined(names: Sequence[str]) -> str:
+    return names[0] + (f" ({', '.join(names[1:])})" if len(names) > 1 else "")

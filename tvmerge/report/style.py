@@ -12,7 +12,7 @@ import io
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ __all__ = [
     "clean",
     "drawing",
     "heading",
+    "intervals",
     "japanese_font",
     "new_figure",
     "shorten",
@@ -41,6 +42,7 @@ COLOURS: Mapping[str, tuple[str, str]] = {
     "ink": ("#1c2430", "#e6eaf0"),
     "muted": ("#5b6675", "#a3adbb"),
     "grid": ("#dde2e8", "#343c48"),
+    "faint": ("#c2cbd6", "#465160"),
     "paper": ("#fefefe", "#151a21"),
     "best": ("#1565b0", "#74b6ff"),
     "band": ("#cfe1f3", "#21405f"),
@@ -101,49 +103,52 @@ def japanese_font() -> str | None:
     return font_manager.FontProperties(fname=file).get_name()
 
 
+#: Of matplotlib, beside its own defaults.
+_SETTINGS: Mapping[str, Any] = {
+    "font.size": 8.0,
+    "text.parse_math": False,  # a task may be called $x$
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 8.0,
+    "axes.linewidth": 0.6,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 8.5,
+    "axes.unicode_minus": True,
+    "figure.facecolor": PAPER,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+    "lines.linewidth": 1.4,
+    "svg.fonttype": "none",  # letters stay letters, in the browser's fonts
+    "svg.hashsalt": "tvmerge",
+    "xtick.color": MUTED,
+    "xtick.labelsize": 7.5,
+    "xtick.major.size": 2.5,
+    "xtick.major.width": 0.6,
+    "ytick.color": MUTED,
+    "ytick.labelsize": 7.5,
+    "ytick.major.size": 2.5,
+    "ytick.major.width": 0.6,
+}
+
+
 @contextmanager
 def drawing() -> Iterator[None]:
     """Matplotlib's settings while pictures are made and written; nobody's own settings change them."""
     import matplotlib
 
     fonts = ["DejaVu Sans", *([name] if (name := japanese_font()) else [])]
-    settings: dict[str, Any] = {
-        "font.family": fonts,
-        "font.size": 8.0,
-        "text.parse_math": False,  # a task may be called $x$
-        "text.color": INK,
-        "axes.edgecolor": MUTED,
-        "axes.facecolor": "none",
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.labelcolor": MUTED,
-        "axes.labelsize": 8.0,
-        "axes.linewidth": 0.6,
-        "axes.spines.right": False,
-        "axes.spines.top": False,
-        "axes.titlelocation": "left",
-        "axes.titlesize": 8.5,
-        "axes.unicode_minus": True,
-        "figure.facecolor": PAPER,
-        "grid.color": GRID,
-        "grid.linewidth": 0.6,
-        "legend.frameon": False,
-        "legend.fontsize": 7.5,
-        "lines.linewidth": 1.4,
-        "svg.fonttype": "none",  # letters stay letters, in the browser's fonts
-        "svg.hashsalt": "tvmerge",
-        "xtick.color": MUTED,
-        "xtick.labelsize": 7.5,
-        "xtick.major.size": 2.5,
-        "xtick.major.width": 0.6,
-        "ytick.color": MUTED,
-        "ytick.labelsize": 7.5,
-        "ytick.major.size": 2.5,
-        "ytick.major.width": 0.6,
-    }
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(settings)
+        for name, value in (("font.family", fonts), *_SETTINGS.items()):
+            matplotlib.rcParams[name] = value  # type: ignore[index]
         # Said once by whoever writes the report, and not for every letter.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
@@ -161,11 +166,25 @@ def heading(axes: Axes, text: str) -> None:
     axes.set_title(text, color=INK, fontweight="bold")
 
 
+def intervals(
+    axes: Axes,
+    at: Sequence[float],
+    middle: Sequence[float],
+    ends: Sequence[tuple[float, float]],
+    colours: Sequence[str],
+) -> None:
+    """Dots with lines from end to end, which lie: rows at heights, the first on top."""
+    low, high = zip(*ends, strict=True) if ends else ((), ())
+    axes.hlines(list(at), list(low), list(high), colors=list(colours), linewidth=1.3)
+    axes.scatter(list(middle), list(at), s=16, color=list(colours), linewidths=0, zorder=3)
+
+
 def to_png(figure: Figure) -> bytes:
     """A figure as a PNG for a light page; the same bytes for the same figure."""
     file = io.BytesIO()
     with drawing():
         figure.savefig(file, format="png", dpi=PNG_DPI, metadata={"Software": None})
+        figure.set_layout_engine("none")  # what is laid out stays so, and an SVG is written in half the time
     return file.getvalue()
 
 

@@ -35,7 +35,7 @@ def score_by_trial(results: Results) -> Drawn:
     if given:
         first, last = given[0].number, max(given[-1].number, given[0].number)
         axes.axvspan(first - 0.5, last + 0.5, color=COLOURS["stage"][0], label="given: one weight for all")
-    small = 16.0 if len(scored) <= 300 else 6.0
+    small = 24.0 if len(scored) <= 150 else 6.0
     _dots(axes, given, marker="s", size=small + 4, colour=OTHER, label="_given")
     _dots(axes, searched, marker="o", size=small, colour=TRIAL, label="drawn by the sampler")
     _unscored(axes, results.trials)
@@ -61,10 +61,14 @@ def _unscored(axes: Axes, trials: Sequence[TrialRow]) -> None:
     for state, (marker, colour) in UNSCORED.items():
         numbers = [trial.number for trial in trials if trial.state == state]
         if numbers:
-            edge, line = axes.get_xaxis_transform(), 1.0 if marker == "x" else 0.0
             axes.scatter(
-                *(numbers, [0.03] * len(numbers)),
-                **{"marker": marker, "s": 18, "color": colour, "linewidths": line, "transform": edge},
+                numbers,
+                [0.03] * len(numbers),
+                marker=marker,
+                s=18,
+                color=colour,
+                linewidths=1.0 if marker == "x" else 0.0,
+                transform=axes.get_xaxis_transform(),
                 label=f"{state} ({len(numbers)})",
                 zorder=4,
             )
@@ -137,7 +141,7 @@ def _spent(parts: Sequence[Axes], trials: Sequence[TrialRow], each: Sequence[flo
         elif many:
             axes.scatter(numbers, scaled, s=5, color=TRIAL, linewidths=0)
         else:
-            axes.bar(numbers, scaled, width=0.8, color=TRIAL)
+            axes.vlines(numbers, 0.0, scaled, colors=TRIAL, linewidth=max(1.5, min(150 / len(numbers), 8.0)))
         heading(axes, f"{noun} {what}")
         axes.set_ylabel(unit)
         axes.set_ylim(bottom=0, top=max(scaled) * 1.06 or 1.0)
@@ -171,11 +175,11 @@ def pareto_front(results: Results) -> Drawn | None:
         n for n, each in enumerate(signed) if not ((signed >= each).all(axis=1) & (signed > each).any(axis=1)).any()
     ]
     shown = np.array([[goal.shown(value) for goal, value in zip(goals, row, strict=True)] for row in scores.tolist()])
-    figure = new_figure(4.6, width=6.0)
+    figure = new_figure(4.4)
     axes = figure.add_subplot()
-    axes.scatter(*shown.T, s=16, color=TRIAL, linewidths=0, label="trials")
+    axes.scatter(shown[:, 0], shown[:, 1], s=16, color=TRIAL, linewidths=0, label="trials")
     line = sorted(front, key=lambda n: (signed[n, 0], -signed[n, 1]))
-    axes.plot(*shown[line].T, "o-", color=BEST, ms=5, label="Pareto front")
+    axes.plot(shown[line, 0], shown[line, 1], "o-", color=BEST, ms=5, label="Pareto front")
     previous: list[float] = []
     for n in line:
         if all(abs(shown[n, 0] - x) > 0.03 * max(float(np.ptp(shown[:, 0])), 1e-9) for x in previous):

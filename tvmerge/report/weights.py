@@ -75,19 +75,20 @@ def _depth(grid: Grid) -> float:
     return 0.065 * max(map(len, names), default=2)
 
 
-def columns_of(axes: Axes, grid: Grid) -> None:
-    """Numbers of layers, as many as can be read; names of all else, upright."""
-    step = math.ceil(len(grid.columns) / MAX_COLUMNS)
+def columns_of(axes: Axes, grid: Grid, *, room: int = MAX_COLUMNS) -> None:
+    """Numbers of layers, as many as there is room for; names of all else, upright."""
+    step = math.ceil(len(grid.columns) / room)
     if any("-" in label for label, layer in zip(grid.columns, grid.layers, strict=True) if layer):
-        step = math.ceil(len(grid.columns) / 20)
+        step = math.ceil(2 * len(grid.columns) / room)
     first = grid.layers.index(True) if any(grid.layers) else 0
     kept = [n for n, layer in enumerate(grid.layers) if not layer or (n - first) % step == 0]
     if not any(grid.layers):
-        kept = kept[:: math.ceil(len(kept) / MAX_COLUMNS)]
+        kept = kept[:: math.ceil(len(kept) / room)]
     axes.set_xticks(kept, [shorten(grid.columns[n], 20) for n in kept])
     for n, label in zip(kept, axes.get_xticklabels(), strict=True):
         if not grid.layers[n]:
-            label.set_rotation(90)
+            # At its end, wherever the letters of a browser's font begin.
+            label.set(rotation=90, rotation_mode="anchor", ha="right", va="center")
     if any(grid.layers):
         axes.set_xlabel("layer")
 
@@ -122,16 +123,16 @@ def weight_lines(results: Results) -> Drawn | None:
     across = 1 if n_parts <= 2 else 2
     down = math.ceil(n_parts / across)
     figure = new_figure((1.9 if n_parts > 1 else 2.6) * down + _depth(grid) + 0.5)
-    parts = figure.subplots(down, across, squeeze=False, sharey=not gates, sharex=not gates).ravel()
+    parts = figure.subplots(down, across, squeeze=False).ravel()
     for axes, (group, rows) in zip(parts, drawn, strict=False):
-        _lines(axes, grid, rows, shown, faint)
+        _lines(axes, grid, rows, shown, faint, room=MAX_COLUMNS // across)
         heading(axes, shorten(group, 50))
     if gates:
-        _lines(parts[len(drawn)], make_grid(gates), [0], shown, faint)
+        _lines(parts[len(drawn)], make_grid(gates), [0], shown, faint, room=MAX_COLUMNS // across)
         heading(parts[len(drawn)], "temperature of the router")
     for axes in parts[n_parts:]:
         axes.set_visible(False)
-    _label(figure, parts, across)
+    _label(figure, list(parts[:n_parts]), across, gates=bool(gates))
     return Drawn(figure, _said(grid, shown, faint, len(groups) - len(drawn)))
 
 
@@ -141,21 +142,32 @@ def _lines(
     rows: Sequence[int],
     shown: Mapping[str, Mapping[str, float]],
     faint: Sequence[Mapping[str, float]],
+    *,
+    room: int,
 ) -> None:
     """The mean over the rows of a grid, of some points; of the first with a band from the least to the greatest."""
     x = np.arange(len(grid.columns))
     layers = np.array(grid.layers)
     for n, weights in enumerate(faint):
         label = "other good trials" if not n else f"_{n}"
-        _line(axes, x, layers, _mean(grid.fill(weights)[rows]), colour=COLOURS["grid"][0], label=label, dots=1.5)
+        _line(
+            axes,
+            x,
+            layers,
+            _mean(grid.fill(weights)[rows]),
+            colour=COLOURS["faint"][0],
+            label=label,
+            dots=1.5,
+            width=0.8,
+        )
     for n, (name, weights) in reversed(list(enumerate(shown.items()))):
         values = grid.fill(weights)[rows]
         if not n and len(rows) > 1:
             filled = np.where(np.isnan(values), _mean(values), values)
-            band = {"color": COLOURS["band"][0], "linewidth": 0, "label": f"{name}: least to greatest"}
-            axes.fill_between(x, filled.min(axis=0), filled.max(axis=0), where=layers, **band)
+            ends, label = (filled.min(axis=0), filled.max(axis=0)), f"{name}: least to greatest"
+            axes.fill_between(x, *ends, where=layers, color=COLOURS["band"][0], linewidth=0, label=label)
         _line(axes, x, layers, _mean(values), colour=COLOURS_OF_LINES[n], label=name, dots=3.0)
-    columns_of(axes, grid)
+    columns_of(axes, grid, room=room)
 
 
 def _line(
@@ -167,9 +179,10 @@ def _line(
     colour: str,
     label: str,
     dots: float,
+    width: float = 1.4,
 ) -> None:
     """Layers are joined by a line; embeddings, head and all else are dots."""
-    axes.plot(x, np.where(layers, values, math.nan), color=colour, marker="o", ms=dots, label=label)
+    axes.plot(x, np.where(layers, values, math.nan), color=colour, marker="o", ms=dots, linewidth=width, label=label)
     axes.plot(
         x, np.where(layers, math.nan, values), color=colour, marker="o", ms=dots + 1, linewidth=0, label="_outside"
     )
@@ -181,12 +194,18 @@ def _mean(values: Floats) -> Floats:
     return mean
 
 
-def _label(figure: Figure, parts: Sequence[Axes], across: int) -> None:
+def _label(figure: Figure, parts: Sequence[Axes], across: int, *, gates: bool) -> None:
+    """What parts have in common: their axes and legend. The last is of temperatures, which are no weights."""
+    weights = parts[: len(parts) - gates]
+    ends = [axes.get_ylim() for axes in weights]
     for n, axes in enumerate(parts):
+        if axes in weights:
+            axes.set_ylim(min(low for low, _ in ends), max(high for _, high in ends))
         if n % across == 0:
-            axes.set_ylabel("weight")
-        if n < len(parts) - across:
+            axes.set_ylabel("weight" if axes in weights else "temperature")
+        if n + across < len(weights):
             axes.set_xlabel("")
+            axes.tick_params(axis="x", labelbottom=False)
     handles, labels = parts[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
 
