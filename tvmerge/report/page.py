@@ -39,7 +39,8 @@ th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(-
 th { color: var(--muted); font-weight: 600; white-space: nowrap; }
 th:first-child, td:first-child, .left { text-align: left; }
 td.left { overflow-wrap: anywhere; min-width: 12rem; }
-figure { margin: 0; } figure svg { display: block; width: 100%; min-width: 44rem; height: auto; }
+figure { margin: 0; } figure svg * { stroke-linejoin: round; stroke-linecap: butt; }
+figure svg { display: block; width: 100%; min-width: 44rem; height: auto; }
 figcaption { font-size: .875rem; max-width: 46rem; }
 summary { cursor: pointer; font-weight: 600; margin-top: 2rem; }
 code { font-size: .9em; background: var(--stage); padding: 0 .2em; }

@@ -204,7 +204,8 @@ def to_svg(figure: Figure, *, name: str, title: str, description: str) -> str:
         figure.savefig(file, format="svg", dpi=IMAGE_DPI, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.DOTALL)
+    # What is about the file is not about the picture, and a style of its own would be one of the whole page.
+    text = re.sub(r"<metadata>.*?</metadata>\s*|<style[^>]*>.*?</style>\s*", "", text, flags=re.DOTALL)
     head, _, body = text.partition(">")
     box = re.search(r'viewBox="([\d. ]+)"', head)
     assert box is not None, "matplotlib writes a box"
