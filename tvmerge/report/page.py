@@ -14,7 +14,7 @@ from tvmerge.report.pictures import PICTURES, draw_pictures
 from tvmerge.report.style import COLOURS, Drawn, clean, drawing, japanese_font, to_png, to_svg
 from tvmerge.results import Results, TrialRow
 
-__all__ = ["REPORT_FILE", "write_report"]
+__all__ = ["REPORT_FILE", "report_page", "write_report"]
 
 REPORT_FILE = "report.html"
 #: So many of the best trials are listed, so many failures, and so many tasks of each.

@@ -229,7 +229,8 @@ def _own_tag(tag: str, name: str) -> str:
     tag = tag.replace("xlink:href=", "href=").replace("url(#", f"url(#{name}-")
     if tag.startswith("<image"):
         return tag
-    tag = re.sub(r"(font: (?:bold )?[\d.]+px)[^;\"]*", r"\1 var(--font)", tag)
+    tag = re.sub(r"font-family: [^;\"]*;? ?", "", tag)  # which it then has from the page
+    tag = re.sub(r"(font: (?:[\w-]+ )*[\d.]+px)[^;\"]*", r"\1 var(--font)", tag)
     return _COLOUR.sub(lambda colour: _VARIABLES[colour[0]], tag)
 
 
