@@ -183,7 +183,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[
     marks = ["" if n not in left else ' class="left"' for n in range(len(head))]
     heads = "".join(f'<th scope="col"{mark}>{cell}</th>' for cell, mark in zip(head, marks, strict=True))
     lines = ("".join(f"<td{mark}>{cell}</td>" for cell, mark in zip(row, marks, strict=False)) for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead>{_elements("tbody", "tr", lines)}</table></div>'
+    body = _elements("tbody", "tr", lines)
+    return f'<div class="scroll" tabindex="0"><table><thead><tr>{heads}</tr></thead>{body}</table></div>'
 
 
 def _picture(name: str, drawn: Drawn) -> str:
@@ -192,7 +193,7 @@ def _picture(name: str, drawn: Drawn) -> str:
     if drawn.figure is None:
         return f'{heading}\n<p class="note">{caption}</p>'
     svg = to_svg(drawn.figure, name=name, title=title, description=drawn.caption)
-    return f'{heading}\n<figure><div class="scroll">{svg}</div><figcaption>{caption}</figcaption></figure>'
+    return f'{heading}\n<figure><div class="scroll" tabindex="0">{svg}</div><figcaption>{caption}</figcaption></figure>'
 
 
 def _trials(results: Results) -> str:
