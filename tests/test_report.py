@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tvmerge.evaluators import QuestionScore, TaskGoal
 from tvmerge.report.tables import score_table, verdict
 from tvmerge.results import Candidate
@@ -37,19 +39,37 @@ def test_table_with_goals_is_golden() -> None:
         "| jsquad (perplexity,x, lower is better) |         2 |  1.284 | 2.117 |\n"
         "| **score**                              |         6 |  0.083 | 0.417 |"
     )
-    assert "best is clearly better than target: +0.333" in verdict(BEST, [TARGET], heldout=True, goals=goals)
+    assert "best is not clearly different from target: +0.333, 95% interval +0.000 to +0.500" in verdict(
+        BEST, [TARGET], heldout=True, goals=goals
+    )
 
 
 def test_verdict_says_what_was_found_and_on_which_questions() -> None:
-    assert verdict(BEST, [TARGET, NOTHING, BEST], heldout=True) == (
+    half, zero, one = (candidate(label, [v] * 40, [v] * 10) for label, v in (("half", 0.5), ("zero", 0.0), ("1", 1.0)))
+    mixed = candidate("mixed", [0.0, 1.0] * 20, [0.0, 1.0] * 5)
+    assert verdict(half, [zero, NOTHING, one, mixed, half], heldout=True) == (
         "On questions that the search did not see:\n"
-        "- best is clearly better than target: +0.625 ± 0.125 (standard error)\n"
-        "- best cannot be compared with tuned: a task has no question scored for both\n"
-        "- best is not clearly different from best: +0.000 ± 0.000 (standard error)"
+        "- half is clearly better than zero: +0.500, 95% interval +0.500 to +0.500: a gain\n"
+        "- half cannot be compared with tuned: a task has no question scored for both\n"
+        "- half is clearly worse than 1: -0.500, 95% interval -0.500 to -0.500: a loss\n"
+        "- half is not clearly different from mixed: +0.000, 95% interval -0.175 to +0.175: no clear gain\n"
+        "- half is not clearly different from half: +0.000, 95% interval +0.000 to +0.000: no clear gain"
     )
-    text = verdict(TARGET, [BEST], heldout=False)
-    assert "very questions that were searched on" in text
-    assert "target is clearly worse than best: -0.625" in text
+    assert "very questions that were searched on" in verdict(half, [zero], heldout=False)
+
+
+def test_verdict_begins_with_the_target_that_nothing_beats() -> None:
+    zero, one = candidate("zero", [0.0] * 9, [0.0] * 9), candidate("one", [1.0] * 9, [1.0] * 9)
+    assert verdict(zero, [one], heldout=True).startswith("Nothing was found that is clearly better than one.\n\nOn ")
+    assert verdict(zero, [NOTHING], heldout=True).startswith("Nothing was found that is clearly better than tuned.\n\n")
+    assert verdict(one, [zero, one], heldout=True).startswith("On questions")
+    targets = [replace(zero, is_target=True, label="target 1"), replace(one, is_target=True, label="target 2"), one]
+    assert verdict(one, targets, heldout=True).startswith("Nothing was found that is clearly better than target 2.\n")
+
+
+def test_verdict_of_one_question_knows_no_interval() -> None:
+    one, zero = Candidate("best", [QuestionScore("a", 0, 1.0)]), Candidate("target", [QuestionScore("a", 0, 0.0)])
+    assert "target: +1.000, 95% interval unknown to unknown: no clear gain" in verdict(one, [zero], heldout=True)
 
 
 def test_a_task_of_categories_has_a_row_for_each_and_counts_questions_not_turns() -> None:

@@ -50,6 +50,7 @@ class Candidate:
     search: Sequence[QuestionScore] = ()  # on those of the search; empty: not measured
     weights: Mapping[str, float] | None = None  # None: it has none, as the tuned model
     trial: int | None = None
+    is_target: bool = False  # whether it is a model that the merge is made of, and has to be better than
 
 
 @dataclass(frozen=True)

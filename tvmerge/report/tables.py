@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from tvmerge.evaluators import Goals, QuestionScore, TaskGoal, mean_score, task_
 from tvmerge.results import Candidate
 from tvmerge.search import Gain, paired_gain
 
-__all__ = ["score_table", "verdict"]
+__all__ = ["named_rows", "score_table", "verdict"]
 
 
 def score_table(
@@ -25,9 +26,9 @@ def score_table(
         categories: task → the category of each of its questions; such a task has a row for each of them.
     """
     goals = goals or {}
-    by_task = [task_scores(_rows(candidate.scores, categories or {})) for candidate in candidates]
+    by_task = [task_scores(named_rows(candidate.scores, categories or {})) for candidate in candidates]
     counts = {task: 0 for task in by_task[0]}
-    for task, _ in {(s.task, s.question) for s in _rows(candidates[0].scores, categories or {})}:
+    for task, _ in {(s.task, s.question) for s in named_rows(candidates[0].scores, categories or {})}:
         counts[task] += 1
     rows = [["task", "questions", *(candidate.label for candidate in candidates)]]
     for task, n in counts.items():
@@ -48,7 +49,7 @@ def score_table(
     return "\n".join(lines)
 
 
-def _rows(scores: Sequence[QuestionScore], categories: Mapping[str, Sequence[str]]) -> list[QuestionScore]:
+def named_rows(scores: Sequence[QuestionScore], categories: Mapping[str, Sequence[str]]) -> list[QuestionScore]:
     """Scores, named by what their rows are called."""
     return [replace(s, task=categories[s.task][s.question]) if s.task in categories else s for s in scores]
 
@@ -79,27 +80,39 @@ def _number(score: float | None) -> str:
 def verdict(best: Candidate, references: Sequence[Candidate], *, heldout: bool, goals: Goals | None = None) -> str:
     """In words: is the best merge better than each of the other models, on the questions of the table?
 
+    The first sentence says so if it is not clearly better than the target, or than one of several.
+
     Args:
         best: the model that the run recommends.
-        references: the models it is compared with.
+        references: the models it is compared with. Targets are those that say so; if none does, the first is.
         heldout: whether the search never saw these questions.
         goals: how the scores of tasks make that of a model.
     """
+    gains = [(reference, paired_gain(best.scores, reference.scores, goals)) for reference in references]
     lines = []
-    for reference in references:
-        gain = paired_gain(best.scores, reference.scores, goals)
+    for reference, gain in gains:
         if gain is None:
             lines.append(
                 f"{best.label} cannot be compared with {reference.label}: a task has no question scored for both"
             )
             continue
-        difference = f"{gain.mean:+.3f} ± {gain.standard_error:.3f} (standard error)"
-        lines.append(f"{best.label} is {_comparison(gain)} {reference.label}: {difference}")
+        relation, word = _comparison(gain)
+        numbers = f"{gain.mean:+.3f}, 95% interval {_end(gain.low)} to {_end(gain.high)}"
+        lines.append(f"{best.label} is {relation} {reference.label}: {numbers}: {word}")
     where = "questions that the search did not see" if heldout else "the very questions that were searched on"
-    return f"On {where}:\n" + "\n".join(f"- {line}" for line in lines)
+    said = f"On {where}:\n" + "\n".join(f"- {line}" for line in lines)
+    targets = [each for each in gains if each[0].is_target] or gains[:1]
+    missed = [target.label for target, gain in targets if gain is None or not gain.is_clear or gain.mean < 0]
+    if missed:
+        said = f"Nothing was found that is clearly better than {' or '.join(missed)}.\n\n{said}"
+    return said
 
 
-def _comparison(gain: Gain) -> str:
+def _comparison(gain: Gain) -> tuple[str, str]:
     if not gain.is_clear:
-        return "not clearly different from"
-    return "clearly better than" if gain.mean > 0 else "clearly worse than"
+        return "not clearly different from", "no clear gain"
+    return ("clearly better than", "a gain") if gain.mean > 0 else ("clearly worse than", "a loss")
+
+
+def _end(value: float) -> str:
+    return f"{value:+.3f}" if math.isfinite(value) else "unknown"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["MAX_MODES", "Place", "correlation", "modes", "places"]
+__all__ = ["MAX_MODES", "Place", "WeightName", "correlation", "modes", "places", "read_name"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -52,39 +52,56 @@ class Place:
     task_vector: str  # its label; "" if there is one
 
 
+@dataclass(frozen=True)
+class WeightName:
+    """The parts of a weight's name (granularity.py, mixture.py make them)."""
+
+    expert: str  # `expert2`; "" if there are none
+    task_vector: str  # its label; "" if there is one
+    stack: str  # of layers: `decoder.layers`; "" outside of them
+    first: int | None  # number of the layer; of a block its first; None outside of the layers
+    last: int | None
+    kind: str  # the rest: `mlp.down_proj`; "" for a whole layer
+
+    @property
+    def number(self) -> float | None:
+        """Of the layer, or the middle of a block."""
+        return None if self.first is None or self.last is None else (self.first + self.last) / 2
+
+
+def read_name(name: str) -> WeightName:
+    """The parts of a weight's name."""
+    *prefixes, inner = name.split("/")
+    expert = prefixes.pop(0) if prefixes and _EXPERT.match(prefixes[0]) else ""
+    number = _NUMBER.search(inner)
+    if number is None:
+        return WeightName(expert, "/".join(prefixes), "", None, None, inner)
+    stack, kind = inner[: number.start()].rstrip("."), inner[number.end() :].lstrip(".")
+    return WeightName(expert, "/".join(prefixes), stack, int(number[1]), int(number[2] or number[1]), kind)
+
+
 def places(names: Sequence[str]) -> list[Place]:
-    """Where each weight acts, as its name says (granularity.py, mixture.py make them).
+    """Where each weight acts, as its name says.
 
     Depth is the number of the layer over that of the last layer of the same stack, for a block of layers its middle.
     Outside of the layers it is 0 for embeddings and 1 for all else (the last norm, the head), and one and the same for
     all where no name has a number.
     """
-    split = [_split(name) for name in names]
+    parts = [read_name(name) for name in names]
     last: dict[str, float] = {}
-    for _, _, stack, number, _ in split:
-        if number is not None:
-            last[stack] = max(number, last.get(stack, 0.0))
+    for each in parts:
+        if each.number is not None:
+            last[each.stack] = max(each.number, last.get(each.stack, 0.0))
     found = []
-    for expert, label, stack, number, kind in split:
+    for each in parts:
+        kind, number = each.kind, each.number
         if number is not None:
-            depth = number / last[stack] if last[stack] else 0.0
+            depth = number / last[each.stack] if last[each.stack] else 0.0
         else:
             depth = 0.5 if not last else 0.0 if "emb" in kind or kind in {"wte", "wpe"} else 1.0
-        several = f"{stack}." if len(last) > 1 and number is not None else ""
-        found.append(Place(depth=depth, kind=several + kind, expert=expert, task_vector=label))
+        several = f"{each.stack}." if len(last) > 1 and number is not None else ""
+        found.append(Place(depth=depth, kind=several + kind, expert=each.expert, task_vector=each.task_vector))
     return found
-
-
-def _split(name: str) -> tuple[str, str, str, float | None, str]:
-    """Expert, label, stack of layers, number of the layer, kind."""
-    *prefixes, inner = name.split("/")
-    expert = prefixes.pop(0) if prefixes and _EXPERT.match(prefixes[0]) else ""
-    number = _NUMBER.search(inner)
-    if number is None:
-        return expert, "/".join(prefixes), "", None, inner
-    first, end = int(number[1]), int(number[2] or number[1])
-    stack, kind = inner[: number.start()].rstrip("."), inner[number.end() :].lstrip(".")
-    return expert, "/".join(prefixes), stack, (first + end) / 2, kind
 
 
 def correlation(names: Sequence[str]) -> Floats:
