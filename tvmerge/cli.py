@@ -25,6 +25,7 @@ from tvmerge.config import (
     LIST_SETTINGS,
     SWITCHES,
     ApplyConfig,
+    DashboardConfig,
     JglueConfig,
     MoeConfig,
     MtBenchConfig,
@@ -78,6 +79,12 @@ def _run_moe(config: MoeConfig) -> None:
     print(f"{config.output_dir}: the mixture of experts of {config.mixture}")
 
 
+def _run_dashboard(config: DashboardConfig) -> None:
+    from tvmerge.dashboard import dashboard
+
+    dashboard(config)
+
+
 #: Command → its configuration and what runs it. Heavy modules are imported when a command runs, not before.
 COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "jglue": (JglueConfig, _run_jglue),
@@ -85,6 +92,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., None]]] = {
     "plan": (PlanConfig, _run_plan),
     "apply": (ApplyConfig, _run_apply),
     "moe": (MoeConfig, _run_moe),
+    "dashboard": (DashboardConfig, _run_dashboard),
 }
 
 #: Settings that take several values behind one flag only.
