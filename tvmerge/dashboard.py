@@ -77,9 +77,10 @@ def dashboard(config: DashboardConfig) -> None:
         app = wsgi(get_storage(storage), artifact_store=FileSystemArtifactStore(folder / "artifacts"))
         with _listen(config) as server:
             server.set_app(app)
-            _announce(config, server.server_address[1])
-            thread.start()
             with suppress(KeyboardInterrupt):
+                thread.look()  # notes that come later than the page are seen when it is opened anew
+                _announce(config, server.server_address[1])
+                thread.start()
                 server.serve_forever()
     finally:
         thread.stop()
@@ -226,22 +227,21 @@ class DashboardThread:
             self._thread.join(SQLITE_TIMEOUT)
 
     def _run(self) -> None:
-        while not self._ends.is_set():
-            try:
-                self.step()
-            except STORAGE_ERRORS as error:  # a busy or a deleted study: the next look may find it
-                self._seen.clear()
-                self._say(f"{type(error).__name__}: {error}")
-            self._ends.wait(INTERVAL)
+        while not self._ends.wait(INTERVAL):
+            self.look()
 
-    def _say(self, reason: str) -> None:
-        line = " ".join(reason.split())[:200]
-        if line not in self._said:
-            self._said.add(line)
-            print(f"tvmerge dashboard: notes wait ({line})", file=sys.stderr, flush=True)
+    def look(self) -> None:
+        """Write what is missing; what cannot be written now is when it is looked again."""
+        try:
+            self._write()
+        except STORAGE_ERRORS as error:  # a busy or a deleted study
+            self._seen.clear()
+            line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            if line not in self._said:
+                self._said.add(line)
+                print(f"tvmerge dashboard: notes wait ({line})", file=sys.stderr, flush=True)
 
-    def step(self) -> None:
-        """Write what is missing."""
+    def _write(self) -> None:
         study_id = self._storage.get_study_id_from_name(self._name)
         if study_id != self._study_id:
             attributes = self._storage.get_study_system_attrs(study_id)
