@@ -65,7 +65,7 @@ def dashboard(config: DashboardConfig) -> None:
         StudyError: there is no such study.
     """
     try:
-        wsgi = importlib.import_module("optuna_dashboard").wsgi
+        module = importlib.import_module("optuna_dashboard")
     except ImportError as error:
         raise ConfigError(
             f'the dashboard needs the package optuna-dashboard, pip install "tvmerge[dashboard]" ({error})'
@@ -74,16 +74,21 @@ def dashboard(config: DashboardConfig) -> None:
     storage = open_storage(config, folder)
     thread = DashboardThread(storage, study_name=config.study_name, folder=folder)
     try:
-        app = wsgi(get_storage(storage), artifact_store=FileSystemArtifactStore(folder / "artifacts"))
+        app = module.wsgi(get_storage(storage), artifact_store=FileSystemArtifactStore(folder / "artifacts"))
         with _listen(config) as server:
             server.set_app(app)
             with suppress(KeyboardInterrupt):
+                study = optuna.load_study(study_name=config.study_name, storage=storage)
+                if len(study.directions) == 1:
+                    with suppress(*STORAGE_ERRORS):  # it would say "Objective 0"
+                        module.set_objective_names(study, ["score"])
                 thread.look()  # notes that come later than the page are seen when it is opened anew
                 _announce(config, server.server_address[1])
                 thread.start()
                 server.serve_forever()
     finally:
         thread.stop()
+        storage.remove_session()
         storage.engine.dispose()
 
 
@@ -235,7 +240,8 @@ class DashboardThread:
         try:
             self._write()
         except STORAGE_ERRORS as error:  # a busy or a deleted study
-            self._seen.clear()
+            # A study that is made anew has the numbers of the old one.
+            self._storage, self._study_id = get_storage(self._rdb), None
             line = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             if line not in self._said:
                 self._said.add(line)

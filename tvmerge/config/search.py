@@ -13,6 +13,8 @@ __all__ = ["SearchConfig"]
 
 #: Weights are float32 numbers.
 LARGEST_WEIGHT = 3e38
+#: Names of loggers, which are not imported to read a configuration.
+LOGGER_NAMES = ("wandb", "mlflow", "tensorboard")
 
 
 @dataclass(kw_only=True)
@@ -32,11 +34,12 @@ class SearchConfig(ExpertsConfig):
             halves them until they fit in memory
         device: where the model runs: auto, cpu, cuda, cuda:1, ...
         output_dir: folder of this run; the best model is saved in output_dir/best
+        loggers: where trials and results are logged too, several separated by spaces; wandb, mlflow, tensorboard
     """
 
     #: Settings that change where or how long a run runs, and no score: a study may be resumed with others.
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset(
-        {"n_trials", "cache_dir", "output_dir", "delta_storage", "save_experts", "gate_prompts"}
+        {"n_trials", "cache_dir", "output_dir", "delta_storage", "save_experts", "gate_prompts", "loggers"}
     )
 
     weight_min: float = 0.0
@@ -50,6 +53,7 @@ class SearchConfig(ExpertsConfig):
     batch_size: int | str = 16
     device: str = "auto"
     output_dir: str = "output"
+    loggers: list[str] | str | None = None
 
     def check_search(self) -> None:
         """Check every setting of the search that can be checked without opening anything.
@@ -73,12 +77,20 @@ class SearchConfig(ExpertsConfig):
         for name, least in (("n_trials", 2), ("optuna_seed", 0), ("question_seed", 0), ("batch_size", 1)):
             if getattr(self, name) != "auto":
                 self.check_whole(name, least=least)
+        names = self.logger_names
+        if len(set(names)) != len(names) or not set(names) <= set(LOGGER_NAMES):
+            raise ConfigError(f"--loggers must be different ones of {', '.join(LOGGER_NAMES)}, got {' '.join(names)}")
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"--holdout must be a share from 0 to less than 1, got {self.holdout}")
         try:
             (self.system_instruction or "").encode()
         except UnicodeEncodeError:
             raise ConfigError("--system_instruction is not text in the encoding of this terminal") from None
+
+    @property
+    def logger_names(self) -> list[str]:
+        """Names of the loggers, in order."""
+        return listed(self.loggers)
 
     def check_whole(self, name: str, *, least: int) -> None:
         """Refuse a whole number that is too small or too large.

@@ -24,6 +24,8 @@ STUDY_NOTE_LENGTH = 16_000
 SAMPLES = 3
 ANSWER_LENGTH = 300
 FAILURE_LENGTH = 600
+#: Tasks that a note shows.
+MOST_ROWS = 20
 #: Bytes before the end of what was read, by which a file that was replaced is known.
 TAIL = 80
 
@@ -161,11 +163,8 @@ class RunNotes:
 
     def _parts(self, trial: TrialRow) -> Iterator[str]:
         counts = self._counts.get(trial.number, {})
-        rows = [_row(task, mean, counts.get(task, _Counts())) for task, mean in trial.tasks.items()]
-        if rows:
-            yield "\n| task | score | questions | right | wrong | unscored |\n|---|---:|---:|---:|---:|---:|\n" + (
-                "".join(rows[:20])
-            )
+        if trial.tasks:
+            yield _table(trial.tasks, {task: counts.get(task, _Counts()) for task in trial.tasks})
         ratings = self._ratings.get(trial.number, {})
         for question, answers in islice(self._answers(trial.number), SAMPLES):
             of_turn = ratings.get(question, {})
@@ -185,14 +184,19 @@ class RunNotes:
             return
 
 
-def _row(task: str, mean: float | None, counts: _Counts) -> str:
-    shown = "unscored" if mean is None else f"{mean:.4f}"
-    numbers: list[Any] = ["", "", "", ""]
-    if counts.questions:
-        exact = [counts.right, counts.wrong] if counts.only_shares else ["", ""]
-        numbers = [counts.questions, *exact, counts.unscored]
-    cells = [_inline(task), shown, *map(str, numbers)]
-    return f"| {' | '.join(cells)} |\n"
+def _table(tasks: Mapping[str, float | None], counts: Mapping[str, _Counts]) -> str:
+    """A row for each task; how many were right and wrong, where scores are from 0 to 1."""
+    heads = ["task", "score", "questions", "unscored"]
+    shares = any(each.questions and each.only_shares for each in counts.values())
+    lines = [[*heads, "right", "wrong"] if shares else heads]
+    lines.append(["---", *["---:"] * (len(lines[0]) - 1)])
+    for task, mean in islice(tasks.items(), MOST_ROWS):
+        each = counts[task]
+        known = [each.questions, each.unscored] if each.questions else ["", ""]
+        exact = [each.right, each.wrong] if each.questions and each.only_shares else ["", ""]
+        shown = "unscored" if mean is None else f"{mean:.4f}"
+        lines.append([_inline(task), shown, *map(str, known), *(map(str, exact) if shares else [])])
+    return "\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def _rating(ratings: Mapping[int, float | None], turn: int) -> str:
