@@ -65,7 +65,7 @@ def dashboard(config: DashboardConfig) -> None:
         StudyError: there is no such study.
     """
     try:
-        module = importlib.import_module("optuna_dashboard")
+        wsgi = importlib.import_module("optuna_dashboard").wsgi
     except ImportError as error:
         raise ConfigError(
             f'the dashboard needs the package optuna-dashboard, pip install "tvmerge[dashboard]" ({error})'
@@ -74,14 +74,10 @@ def dashboard(config: DashboardConfig) -> None:
     storage = open_storage(config, folder)
     thread = DashboardThread(storage, study_name=config.study_name, folder=folder)
     try:
-        app = module.wsgi(get_storage(storage), artifact_store=FileSystemArtifactStore(folder / "artifacts"))
+        app = wsgi(get_storage(storage), artifact_store=FileSystemArtifactStore(folder / "artifacts"))
         with _listen(config) as server:
             server.set_app(app)
             with suppress(KeyboardInterrupt):
-                study = optuna.load_study(study_name=config.study_name, storage=storage)
-                if len(study.directions) == 1:
-                    with suppress(*STORAGE_ERRORS):  # it would say "Objective 0"
-                        module.set_objective_names(study, ["score"])
                 thread.look()  # notes that come later than the page are seen when it is opened anew
                 _announce(config, server.server_address[1])
                 thread.start()

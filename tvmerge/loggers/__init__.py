@@ -46,7 +46,7 @@ __all__ = [
 #: Most weights of a trial that are logged as numbers of their own.
 MAX_SCALARS = 64
 #: Seconds that a run waits for a logger to open, and at its end for all of them to send what is left.
-OPEN_SECONDS = 60.0
+OPEN_SECONDS = 120.0
 CLOSE_SECONDS = 60.0
 #: Environment variables whose values are never printed.
 SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "DATABRICKS_TOKEN")

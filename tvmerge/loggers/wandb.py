@@ -29,10 +29,11 @@ class WandbLogger:
             console="off",  # what is printed is the run's own
             disable_code=True,
             disable_git=True,
-            init_timeout=OPEN_SECONDS * 0.9,
+            init_timeout=OPEN_SECONDS / 2,
             silent=True,
             x_disable_meta=True,  # the command line may hold a password
         )
+        wandb.setup(options)  # silent before it looks for a key: it would ask for one, and wait
         known = memory.values.get("run")
         self._run: Any = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or "tvmerge",
