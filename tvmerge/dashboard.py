@@ -164,9 +164,6 @@ def _listen(config: DashboardConfig) -> _Server:
 def _announce(config: DashboardConfig, port: int) -> None:
     """Say where it is, and who may do what there."""
     is_local = config.host in {"localhost", "::1"} or config.host.startswith("127.")
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"the dashboard is at http://{host}:{port}/ (Ctrl-C ends it)")
-    print("It has no login, and whoever opens it can change and delete studies.", flush=True)
     if not is_local:
         print(
             f"warning: --host {config.host} lets other machines in: everyone who can reach this address can see and "
@@ -174,6 +171,9 @@ def _announce(config: DashboardConfig, port: int) -> None:
             file=sys.stderr,
             flush=True,
         )
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    print(f"the dashboard is at http://{host}:{port}/ (Ctrl-C ends it)")
+    print("It has no login, and whoever opens it can change and delete studies.", flush=True)
 
 
 def trial_row(trial: FrozenTrial) -> TrialRow:
