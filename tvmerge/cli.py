@@ -25,6 +25,7 @@ from tvmerge.config import (
     LIST_SETTINGS,
     SWITCHES,
     ApplyConfig,
+    DashboardConfig,
     JglueConfig,
     MoeConfig,
     MtBenchConfig,
@@ -106,6 +107,12 @@ def _run_push(config: PushConfig) -> None:
     push(config)
 
 
+def _run_dashboard(config: DashboardConfig) -> None:
+    from tvmerge.dashboard import dashboard
+
+    dashboard(config)
+
+
 #: Command → its configuration and what runs it. Heavy modules are imported when a command runs, not before.
 COMMANDS: dict[str, tuple[type, Callable[..., int | None]]] = {
     "jglue": (JglueConfig, _run_jglue),
@@ -115,6 +122,7 @@ COMMANDS: dict[str, tuple[type, Callable[..., int | None]]] = {
     "moe": (MoeConfig, _run_moe),
     "worker": (WorkerConfig, _run_worker),
     "push": (PushConfig, _run_push),
+    "dashboard": (DashboardConfig, _run_dashboard),
 }
 
 #: Settings that take several values behind one flag only.

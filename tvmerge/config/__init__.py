@@ -1,5 +1,6 @@
 """The configuration of a run: the flags of the command line, the keys of its YAML file. One file per command."""
 
+from tvmerge.config.dashboard import DashboardConfig
 from tvmerge.config.jglue import JglueConfig
 from tvmerge.config.merge import ApplyConfig, MergeConfig
 from tvmerge.config.moe import MoeConfig
@@ -13,6 +14,7 @@ __all__ = [
     "LIST_SETTINGS",
     "SWITCHES",
     "ApplyConfig",
+    "DashboardConfig",
     "JglueConfig",
     "MergeConfig",
     "MoeConfig",
@@ -24,7 +26,9 @@ __all__ = [
 ]
 
 #: Settings that take several values on the command line: `--tuned_model a b`.
-LIST_SETTINGS = frozenset({"target_model", "tuned_model", "weight_groups", "freeze", "task_metric", "task_weight"})
+LIST_SETTINGS = frozenset(
+    {"target_model", "tuned_model", "weight_groups", "freeze", "task_metric", "task_weight", "loggers"}
+)
 #: Settings that are switched on by their name alone: `--apply_chat_template`.
 SWITCHES = frozenset({"apply_chat_template", "share_weights", "search_gate", "save_experts", "private", "dry_run"})
 #: Other names of flags, as older scripts write them.

@@ -18,6 +18,8 @@ ALL = "all"
 N_QUESTIONS = 300
 #: Weights are float32 numbers.
 LARGEST_WEIGHT = 3e38
+#: Names of loggers, which are not imported to read a configuration.
+LOGGER_NAMES = ("wandb", "mlflow", "tensorboard")
 
 
 @dataclass(kw_only=True)
@@ -48,13 +50,14 @@ class SearchConfig(ExpertsConfig):
         heartbeat: seconds between two signs of life of a worker; one that misses four is taken for dead, and its trial
             is run again
         trial_timeout: seconds that a trial may take; a longer one fails
+        loggers: where trials and results are logged too, several separated by spaces; wandb, mlflow, tensorboard
     """
 
     #: Settings that change where or how long a run runs, and no score: a study may be resumed with others.
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset(
         {
             *("n_trials", "cache_dir", "output_dir", "delta_storage", "save_experts", "gate_prompts", "heldout_limit"),
-            *("storage", "study_name", "heartbeat", "trial_timeout"),
+            *("storage", "study_name", "heartbeat", "trial_timeout", "loggers"),
         }
     )
 
@@ -76,6 +79,7 @@ class SearchConfig(ExpertsConfig):
     study_name: str | None = None
     heartbeat: float = 15.0
     trial_timeout: float | None = None
+    loggers: list[str] | str | None = None
 
     def check_search(self) -> None:
         """Check every setting of the search that can be checked without opening anything.
@@ -106,6 +110,9 @@ class SearchConfig(ExpertsConfig):
         for name, least in (("n_trials", 2), ("optuna_seed", 0), ("question_seed", 0), ("batch_size", 1)):
             if getattr(self, name) != "auto":
                 self.check_whole(name, least=least)
+        names = self.logger_names
+        if len(set(names)) != len(names) or not set(names) <= set(LOGGER_NAMES):
+            raise ConfigError(f"--loggers must be different ones of {', '.join(LOGGER_NAMES)}, got {' '.join(names)}")
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"--holdout must be a share from 0 to less than 1, got {self.holdout}")
         self.check_limit("heldout_limit")
@@ -130,6 +137,11 @@ class SearchConfig(ExpertsConfig):
     def most_heldout(self) -> int | None:
         """Most held-out questions that are asked, of all tasks together; None for all."""
         return self.heldout_limit if isinstance(self.heldout_limit, int) else None
+
+    @property
+    def logger_names(self) -> list[str]:
+        """Names of the loggers, in order."""
+        return listed(self.loggers)
 
     def check_whole(self, name: str, *, least: int) -> None:
         """Refuse a whole number that is too small or too large.
