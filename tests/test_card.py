@@ -11,7 +11,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, metadata_load
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tvmerge.checkpoint import Header
@@ -228,6 +228,7 @@ HOSTILE = st.one_of(
 )
 
 
+@example("a", "a", "\x85")
 @given(HOSTILE, HOSTILE, HOSTILE)
 def test_no_name_breaks_the_header_or_the_text(folder: str, label: str, task: str) -> None:
     source: dict[str, str | None] = {"model": folder, "revision": None}
@@ -240,7 +241,7 @@ def test_no_name_breaks_the_header_or_the_text(folder: str, label: str, task: st
     found = header_of(card)
     assert "license" not in found
     assert found["base_model"] == ["owner/ja"]
-    assert found["model-index"][0]["results"][0]["dataset"]["name"] == task
+    assert found["model-index"][0]["results"][0]["dataset"]["name"] == (" ".join(task.split()) or "task")
     lines = card.splitlines()
     assert lines.count("---") == 2
     assert sum(line.startswith("## ") for line in lines) == 3

@@ -108,13 +108,14 @@ def _results(best: Candidate, goals: Goals, heldout: bool) -> list[dict[str, Any
         details = [part for part in (of if of != "none" else "", "" if goal.higher_is_better else "lower is better")]
         name = ", ".join(filter(None, (metric, *details)))
         unscored, n = unscored_questions(score for score in best.scores if score.task == task)
+        shown = " ".join(task.split()) or "task"  # PyYAML loses some line breaks of Unicode
         counts = {"questions": n, **({"unscored": unscored} if unscored else {})}
         found.append(
             {
                 "task": {"type": "text-generation", "name": "Text Generation"},
                 "dataset": {
-                    "name": task,
-                    "type": task,
+                    "name": shown,
+                    "type": shown,
                     "split": "held out of the search" if heldout else "searched on",
                     "args": counts,
                 },
