@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tvmerge.errors import CheckpointError, RecipeError, RunError, TvmergeError
 from tvmerge.evaluators import Evaluator, Goals, QuestionScore, TaskGoal, mean_score, task_scores
-from tvmerge.files import staged_directory, write_text
+from tvmerge.files import staged_directory, write_bytes, write_text
 from tvmerge.judging import trial_name
 from tvmerge.progress import RunProgress
 from tvmerge.rebuild import ROUTER_FILE, library_versions
 from tvmerge.recipe import Recipe
 from tvmerge.report.card import model_card
+from tvmerge.report.pictures import weights_picture
+from tvmerge.report.sources import read_cards
 from tvmerge.report.tables import score_table, verdict
 from tvmerge.results import Candidate, Results
 from tvmerge.samplers import Recommendation
@@ -27,6 +29,8 @@ __all__ = ["Proof", "choose"]
 
 #: How the names begin of models in scores.jsonl that are of the recommended point.
 OF_RECOMMENDED = (RECOMMENDED, "expert")
+#: Beside the card: the weights that were found.
+WEIGHTS_PICTURE = "weights.png"
 #: Folder of the recipes of the trials than which none is better in all tasks.
 PARETO_FOLDER = "pareto"
 
@@ -68,7 +72,14 @@ class Proof:
     def _candidate(self, column: Column) -> Candidate:
         scores = self._scores(column, self._split)
         search = self.known.get((column.model, column.trial, "search"), [])
-        return Candidate(column.label, scores, search=search, weights=column.weights, trial=column.trial)
+        return Candidate(
+            column.label,
+            scores,
+            search=search,
+            weights=column.weights,
+            trial=column.trial,
+            is_target=column.is_target,
+        )
 
     @property
     def _split(self) -> str:
@@ -144,18 +155,32 @@ class Proof:
             space.explanation(),
         ]
         text = "\n\n".join(part for part in words if part)
+        whole = replace(results, candidates=candidates, chosen=chosen, table=table, verdict=text)
         recipe = space.recipe(best.weights, score=self._score_entry(best), versions=library_versions())
         folder = self.output / "best"
         if not _is_written(space, recipe, folder):
             with staged_directory(folder, replace=True) as staging:
                 space.write(recipe, staging)
-                card = model_card(recipe, table=table, verdict_text=text, weights=best.weights)
+                picture = weights_picture(whole)
+                if picture is not None:
+                    write_bytes(staging / WEIGHTS_PICTURE, picture)
+                card = model_card(
+                    recipe,
+                    table=table,
+                    verdict_text=text,
+                    weights=best.weights,
+                    best=best,
+                    goals=goals,
+                    heldout=heldout,
+                    cards=read_cards(space.sources.models()),
+                    pictures=[] if picture is None else [WEIGHTS_PICTURE],
+                )
                 write_text(staging / "README.md", card)
         if self.scorer.study.plan.objectives:
             self._write_front()
         print(f"\n{table}\n\n{text}\n")
         print(f"The saved {space.noun} is {best.label}, of {self.scorer.study.n_finished} trials; it is in {folder}")
-        return Results(**{**vars(results), "candidates": candidates, "chosen": chosen, "table": table, "verdict": text})
+        return whole
 
     def _write_front(self) -> None:
         """A recipe for each trial than which none is better in all tasks."""

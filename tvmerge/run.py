@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import sys
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import yaml
 from tvmerge.config import JglueConfig, MtBenchConfig, SearchConfig
 from tvmerge.errors import RunError
 from tvmerge.files import check_output, local_path, remove_staged, write_text
+from tvmerge.loggers import Loggers, check_loggers, open_loggers
 from tvmerge.models.device import choose_device
 from tvmerge.progress import RunProgress
 from tvmerge.proof import Proof
 from tvmerge.rebuild import ROUTER_FILE
+from tvmerge.report.page import write_report
 from tvmerge.results import Results, trial_rows
 from tvmerge.scoring import Ask, Scorer, open_questions, open_space, study_plan
 from tvmerge.storage import STORAGE_ERRORS, STUDY_FILE, STUDY_NAME, has_study, reason_of, shown_url
@@ -26,6 +30,8 @@ __all__ = ["jglue", "mt_bench"]
 
 #: Bytes of weights whose reading takes so long that it is said.
 LONG_TO_READ = 4_000_000_000
+#: Least seconds between two reports of a run that goes on, and how many times longer than one they are apart.
+REPORT_SECONDS, REPORT_SHARE = 60.0, 20.0
 
 
 def jglue(config: JglueConfig) -> None:
@@ -51,6 +57,7 @@ def mt_bench(config: MtBenchConfig) -> None:
 def _run(config: SearchConfig) -> None:
     output = local_path(config.output_dir, flag="--output_dir")
     check_output(output)
+    check_loggers(config.logger_names)
     device = choose_device(config.device)
     with open_questions(config, output, device=device) as ask:
         _search(config, output, device, ask)
@@ -90,7 +97,11 @@ def _search(config: SearchConfig, output: Path, device: str, ask: Ask) -> None:
         if not study.n_finished:
             space.remember(study.remember)
         _write_down(config, output, study)
-        SearchRun(output, Scorer(config, space, study, model, asked, questions)).run()
+        loggers = open_loggers(config.logger_names, settings=_shown(config), folder=output)
+        try:
+            SearchRun(output, Scorer(config, space, study, model, asked, questions), loggers).run()
+        finally:
+            loggers.close()
     except STORAGE_ERRORS as error:
         where = output / STUDY_FILE if config.storage is None else shown_url(config.storage)
         raise RunError(f"{where}: cannot be written ({reason_of(error)}): the same command goes on") from error
@@ -111,13 +122,51 @@ def _write_down(config: SearchConfig, output: Path, study: MergeStudy) -> None:
     """Write the configuration, for the user and for workers, and remove what a kill left."""
     for name in ("best", "scores.jsonl", "config.yaml", "report.html", ROUTER_FILE):
         remove_staged(output, name)
-    storage = None if config.storage is None else shown_url(config.storage)
-    resolved = {**asdict(config), "n_trials": max(config.n_trials, study.n_finished), "storage": storage}
+    resolved = {**_shown(config), "n_trials": max(config.n_trials, study.n_finished)}
     write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     command = "jglue" if isinstance(config, JglueConfig) else "mt_bench"
     folder = str(Path.cwd())
     study.remember("run", {"command": command, "config": resolved, "folder": folder, "output": str(output.resolve())})
     study.remember("n_trials", resolved["n_trials"])
+
+
+def _shown(config: SearchConfig) -> dict[str, Any]:
+    """All settings, without a password."""
+    return {**asdict(config), "storage": None if config.storage is None else shown_url(config.storage)}
+
+
+class Reporter:
+    """Writes the report, also while the run goes on, but takes a small share of its time.
+
+    Args:
+        folder: of the run.
+        progress: where it is said what is wrong with it.
+    """
+
+    def __init__(self, folder: Path, progress: RunProgress) -> None:
+        self._folder = folder
+        self._progress = progress
+        self._said: set[str] = set()
+        self._next = time.monotonic() + REPORT_SECONDS
+
+    def write_now_and_then(self, results: Callable[[], Results]) -> None:
+        """Write it if it is time."""
+        if time.monotonic() >= self._next:
+            begun = time.monotonic()
+            self.write(results())
+            ended = time.monotonic()
+            self._next = ended + max(REPORT_SECONDS, REPORT_SHARE * (ended - begun))
+
+    def write(self, results: Results) -> None:
+        """Write it; a picture that cannot be drawn ends no run."""
+        try:
+            notes = write_report(results, self._folder)
+        except Exception as error:  # noqa: BLE001  # what was scored and saved is worth more than its picture
+            notes = [" ".join(f"{self._folder}: the report was not written: {type(error).__name__}: {error}".split())]
+        for note in notes:
+            if note not in self._said:
+                self._progress.note(note)
+                self._said.add(note)
 
 
 @dataclass(frozen=True)
@@ -126,34 +175,42 @@ class SearchRun:
 
     output: Path
     scorer: Scorer
-    seen: dict[str, float] = field(default_factory=dict)
+    loggers: Loggers
 
     def run(self) -> None:
         """Run the trials that are not done yet, then prove and save the best."""
         scorer, study = self.scorer, self.scorer.study
         questions, n_trials = scorer.questions, scorer.config.n_trials
         progress = RunProgress(n_trials=n_trials, n_finished=study.n_finished)
-        for note in [*questions.notes, *scorer.asked.notes]:
+        for note in questions.notes:
             progress.note(note)
+        scorer.note(progress)
         questions.resume([result.number for result in study.results()])
         heldout = questions.heldout.n_questions if questions.heldout else 0
         progress.note(
             f"{len(scorer.space.ranges)} weights, {questions.search.n_questions} questions per trial, "
             f"{heldout} held out; {study.n_finished} of {n_trials} trials done"
         )
+        reporter = Reporter(self.output, progress)
+        self.loggers.log(trial_rows(study.trials()))
         # Nothing that was made so far can be collected, and to look through it all takes as long as a small trial.
         gc.freeze()
         try:
-            scorer.run_trials(progress, n_trials=lambda: n_trials, after=lambda: self._after_trial(progress))
+            scorer.run_trials(progress, n_trials=lambda: n_trials, after=lambda: self._after_trial(progress, reporter))
             proof = Proof(scorer, self.output, progress)
             candidates = proof.prove()
         finally:
             gc.unfreeze()
             progress.close()
-        proof.save(candidates, self.results())
+        results = proof.save(candidates, self.results())
+        reporter.write(results)
+        self.loggers.log(results.trials)
+        self.loggers.finish(results, self.output)
 
-    def _after_trial(self, progress: RunProgress) -> None:
+    def _after_trial(self, progress: RunProgress, reporter: Reporter) -> None:
         study = self.scorer.study
+        self.loggers.log(trial_rows(study.trials()))
+        reporter.write_now_and_then(self.results)
         if study.n_finished == min(study.n_first, self.scorer.config.n_trials):
             self._warn_of_idle_tasks(progress)
 
@@ -162,7 +219,7 @@ class SearchRun:
         scorer = self.scorer
         return Results(
             name=self.output.resolve().name,
-            settings={key: value for key, value in asdict(scorer.config).items() if key != "storage"},
+            settings=_shown(scorer.config),
             n_trials=scorer.config.n_trials,
             trials=trial_rows(scorer.study.trials()),
             goals=scorer.questions.goals,

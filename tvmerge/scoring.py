@@ -101,6 +101,7 @@ class Scorer:
     model: TransformersModel
     asked: ScoredModel  # the model, as evaluators ask it
     questions: Questions
+    noted: set[str] = field(default_factory=set)  # what was said of how the model is asked
     said: dict[str, Any] = field(default_factory=dict)  # what the evaluator said of the last trial
 
     def score(
@@ -139,6 +140,13 @@ class Scorer:
         finally:
             close()
 
+    def note(self, progress: RunProgress) -> None:
+        """Say what is new of how the model is asked."""
+        for note in self.asked.notes:
+            if note not in self.noted:
+                progress.note(note)
+                self.noted.add(note)
+
     def run_trials(self, progress: RunProgress, *, n_trials: Callable[[], int], after: Callable[[], None]) -> None:
         """Run trials until so many are finished, by this process or by others.
 
@@ -174,6 +182,7 @@ class Scorer:
             best=None if best is None else (best.score, best.number),
             remarks=_remarks(self.said, self.questions.cost()),
         )
+        self.note(progress)
         trial = self.study.trials()[claim.number]
         if trial.state == TrialState.FAIL:
             progress.note(f"  trial {claim.number}: {trial.user_attrs['failure']}")

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import optuna
-import torch
 from filelock import FileLock, Timeout
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
@@ -28,6 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tvmerge.errors import InputError, RunError, StopError, StudyError, TrialTimeout
 from tvmerge.evaluators import QuestionScore, Scored, mean_score, task_scores
 from tvmerge.heartbeat import Heartbeat
+from tvmerge.models.batching import is_out_of_memory
 from tvmerge.pruning import Other, TrialStopped
 from tvmerge.samplers import Recommendation, pareto_front, recommend
 from tvmerge.score_log import ScoreLog, unpacked
@@ -297,7 +297,7 @@ class MergeStudy:
         except (InputError, StopError):  # a model was changed meanwhile, a judge has gone: nothing is recorded
             raise
         except Exception as error:
-            if claim.number < len(BASELINES) or isinstance(error, (OSError, MemoryError, torch.OutOfMemoryError)):
+            if claim.number < len(BASELINES) or isinstance(error, OSError) or is_out_of_memory(error):
                 raise RunError(f"trial {claim.number}: {_reason(error)}") from error
             self._fail(claim, error, started)
             return None

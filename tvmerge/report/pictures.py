@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from tvmerge.report.candidates import heldout_scatter, score_by_task
 from tvmerge.report.contributions import contributions
-from tvmerge.report.style import Drawn, drawing
+from tvmerge.report.style import Drawn, drawing, to_png
 from tvmerge.report.trials import cost_by_trial, pareto_front, score_by_trial
 from tvmerge.report.weights import weight_lines, weight_map
 from tvmerge.results import Results
@@ -16,7 +16,7 @@ from tvmerge.results import Results
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PICTURES", "Picture", "draw_pictures", "report_figures"]
+__all__ = ["PICTURES", "Picture", "draw_pictures", "report_figures", "weights_picture"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,15 @@ def draw_pictures(results: Results) -> dict[str, Drawn]:
     with drawing():
         drawn = {name: picture.draw(results) for name, picture in PICTURES.items()}
     return {name: each for name, each in drawn.items() if each is not None}
+
+
+def weights_picture(results: Results) -> bytes | None:
+    """The picture of the weights as a PNG; None if there is none of such weights."""
+    with drawing():
+        drawn = weight_map(results)
+        if drawn is None or drawn.figure is None:
+            drawn = weight_lines(results)
+        return None if drawn is None or drawn.figure is None else to_png(drawn.figure)
 
 
 def report_figures(results: Results) -> dict[str, Figure]:

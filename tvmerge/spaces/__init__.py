@@ -36,6 +36,7 @@ class Column:
     trial: int | None  # None: no trial's model
     state_dict: StateDict
     weights: Mapping[str, float] | None = None  # None: it has none, as the tuned model
+    is_target: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,9 +184,9 @@ class Space(ABC):
     def _weight_ranges(self, names: Sequence[str]) -> dict[str, FloatDistribution]:
         return dict.fromkeys(names, FloatDistribution(self.config.weight_min, self.config.weight_max))
 
-    def trial_column(self, label: str, result: TrialResult) -> Column:
+    def trial_column(self, label: str, result: TrialResult, *, is_target: bool = False) -> Column:
         """The model of a trial."""
-        return Column(label, "merge", result.number, self.at(result.weights), result.weights)
+        return Column(label, "merge", result.number, self.at(result.weights), result.weights, is_target)
 
     def best_columns(self, proven: Proven) -> list[Column]:
         """The best trial, and what is recommended if it is another model."""

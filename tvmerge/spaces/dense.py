@@ -62,7 +62,7 @@ class DenseSpace(Space):
         tuned = [(entry, self.sources.tuned_state_dict(entry, self.settings)) for entry in self.sources.tuned]
         several = len(tuned) > 1
         return [
-            self.trial_column("target", proven.zero),
+            self.trial_column("target", proven.zero, is_target=True),
             *(
                 Column(entry.label if several else "tuned", f"tuned/{entry.label}" if several else "tuned", None, model)
                 for entry, model in tuned

@@ -177,7 +177,11 @@ class MixtureSpace(Space):
             if (model := self.sources.tuned_state_dict(entry, self.settings)) is not None
         ]
         return [
-            *(Column(label, model, None, self._mixture.alone(dense)) for label, model, dense in (*targets, *tuned)),
+            *(
+                Column(label, model, None, self._mixture.alone(dense), is_target=True)
+                for label, model, dense in targets
+            ),
+            *(Column(label, model, None, self._mixture.alone(dense)) for label, model, dense in tuned),
             self.trial_column("MoE at 0", proven.zero),
             self.trial_column("MoE at 1", proven.one),
             self.trial_column(f"best uniform MoE ({proven.uniform_weight:g})", proven.best_uniform),
