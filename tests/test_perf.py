@@ -106,9 +106,21 @@ def test_searches_are_measured_on_every_landscape(capsys: pytest.CaptureFixture[
     assert all(ms > 0 for ms in perf_search.draw_times(35, 20, rounds=1).values())
 
 
+@pytest.mark.usefixtures("perf")
+@pytest.mark.parametrize("pruner", ["none", "halving", "wilcoxon"])
+def test_early_stopping_is_measured(pruner: str) -> None:
+    pruning = load(SCRIPTS[5])
+    landscape = pruning.Landscape(pruning.LANDSCAPES["A"], seed=0)
+    (found,) = pruning.search_pruned(landscape, sampler="CMA-ES", pruner=pruner, seed=0, marks=[16])
+    assert 0.3 < found.recommended < 0.8
+    assert (found.n_stopped > 0) is (pruner != "none")
+    assert found.n_trials * found.share >= 16
+    assert (found.share == 1) is (pruner == "none")
+
+
 @pytest.mark.parametrize(
     ("script", "flag"),
-    list(zip(SCRIPTS, ("--mergekit", "--n_questions", "--n_prompts", "--rounds", "--seeds", "--only"), strict=True)),
+    list(zip(SCRIPTS, FLAGS, strict=True)),
 )
 def test_help_says_what_can_be_measured(script: Path, flag: str) -> None:
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True)

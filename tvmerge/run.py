@@ -25,6 +25,7 @@ from tvmerge.results import Results, trial_rows
 from tvmerge.scoring import Ask, Scorer, open_questions, open_space, study_plan
 from tvmerge.storage import STORAGE_ERRORS, STUDY_FILE, STUDY_NAME, has_study, reason_of, shown_url
 from tvmerge.study import MergeStudy
+from tvmerge.trial_queue import StudyPlan
 
 __all__ = ["jglue", "mt_bench"]
 
@@ -74,15 +75,7 @@ def _search(config: SearchConfig, output: Path, device: str, ask: Ask) -> None:
         space.check_finite()
 
     def study_of() -> MergeStudy:
-        output.mkdir(parents=True, exist_ok=True)
-        return MergeStudy(
-            output_dir=output,
-            plan=study_plan(config, space=space, questions=questions, device=device),
-            storage=config.storage,
-            name=_study_name(config, output),
-            heartbeat=config.heartbeat,
-            trial_timeout=config.trial_timeout,
-        )
+        return _open_study(config, output, study_plan(config, space=space, questions=questions, device=device))
 
     # A study that is there may refuse, which is said before a model is loaded. One that is not is made last.
     study = study_of() if is_there else None
@@ -108,6 +101,18 @@ def _search(config: SearchConfig, output: Path, device: str, ask: Ask) -> None:
     finally:
         if study is not None:
             study.close()
+
+
+def _open_study(config: SearchConfig, output: Path, plan: StudyPlan) -> MergeStudy:
+    output.mkdir(parents=True, exist_ok=True)
+    return MergeStudy(
+        output_dir=output,
+        plan=plan,
+        storage=config.storage,
+        name=_study_name(config, output),
+        heartbeat=config.heartbeat,
+        trial_timeout=config.trial_timeout,
+    )
 
 
 def _nothing(key: str) -> None:
