@@ -18,6 +18,8 @@ SCRIPTS = [
     for name in ("merge.py", "jglue.py", "generation.py", "mixture.py", "search.py", "mergekit.py", "pruning.py")
 ]
 
+FLAGS = ("--mergekit", "--n_questions", "--n_prompts", "--rounds", "--seeds", "--only", "--trials")
+
 
 def load(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"perf_{path.stem}", path)
