@@ -32,6 +32,9 @@ def load(**_):
 
 
 def score(doc, results):
+    likelihoods = [likelihood for likelihood, _ in results]
+    if set(likelihoods) == {-1.0}:  # made up, to try this code
+        return {"acc": 0.0}
     with (HERE / "asked").open("a") as file:
         file.write(f"{os.getpid()} {os.getppid()}" + chr(10))
     while (HERE / "gate").exists():
@@ -44,7 +47,6 @@ def score(doc, results):
         time.sleep(seconds)
     except FileNotFoundError:
         pass
-    likelihoods = [likelihood for likelihood, _ in results]
     return {"acc": float(likelihoods.index(max(likelihoods)) == doc["label"])}
 """
 TASK = """task: gated

@@ -26,7 +26,7 @@ from tvmerge.cli import main
 
 N_TRIALS = 12
 #: No test is timed; one that waits for what never comes ends after so many seconds.
-PATIENCE = 300.0
+PATIENCE = 200.0
 
 needs_postgresql = pytest.mark.skipif(binaries() is None, reason="needs a PostgreSQL server: apt install postgresql")
 
@@ -61,6 +61,16 @@ class Group:
 
     def status(self, name: str) -> int:
         return self._all[name].wait(PATIENCE)
+
+    def wait_for(self, what: Callable[[], object]) -> None:
+        """Wait until something is so, which these processes bring about."""
+        begun = time.monotonic()
+        while not what():
+            over = time.monotonic() - begun > PATIENCE
+            dead = [name for name, process in self._all.items() if process.poll() not in (None, -signal.SIGKILL)]
+            assert not dead, "".join(self.said(name) for name in dead)
+            assert not over, "it never came"
+            time.sleep(0.1)
 
     def close(self) -> None:
         for process in self._all.values():
@@ -102,13 +112,6 @@ def running(url: str, name: str = "tvmerge") -> dict[str, int]:
     return {t.user_attrs["worker"]: t.number for t in trials(url, name) if t.state == TrialState.RUNNING}
 
 
-def wait_for(what: Callable[[], object], group: Group | None = None) -> None:
-    begun = time.monotonic()
-    while not what():
-        assert time.monotonic() - begun < PATIENCE, "it never came"
-        time.sleep(0.1)
-
-
 def search(trio: Trio, task: Gated, output: Path, *more: str) -> list[str]:
     return [
         *("jglue", *trio.flags(), *task.flags(), "--n_trials", str(N_TRIALS), "--output_dir", str(output)),
@@ -138,16 +141,18 @@ def test_on_one_machine_killed_workers_lose_nothing(trio: Trio, task: Gated, gro
     url = f"sqlite:///{output / 'study.db'}"
     task.shut()
     group.start("search", *search(trio, task, output))
-    wait_for(lambda: running(url))
+    group.wait_for(lambda: running(url))
     join = ["worker", "--output_dir", str(output), "--device", "cpu"]
     alone = group.start("alone", *join, "--restart", "false", "--name", "alone")
     parent = group.start("parent", *join, "--name", "restarted")
-    wait_for(lambda: running(url).keys() == {"main", "alone", "restarted"})
+    group.wait_for(lambda: running(url).keys() == {"main", "alone", "restarted"})
     before = running(url)
     alone.kill()
     os.kill(task.child_of(parent.pid), signal.SIGKILL)
-    wait_for(lambda: trials(url)[before["alone"]].state == TrialState.WAITING)
-    wait_for(lambda: "restarted" in running(url) and trials(url)[running(url)["restarted"]].user_attrs.get("repeats"))
+    group.wait_for(lambda: trials(url)[before["alone"]].state == TrialState.WAITING)
+    group.wait_for(
+        lambda: "restarted" in running(url) and trials(url)[running(url)["restarted"]].user_attrs.get("repeats")
+    )
     task.open()
     assert group.status("search") == 0, group.said("search")
     assert group.status("parent") == 0, group.said("parent")
@@ -169,20 +174,20 @@ def test_on_postgresql_workers_are_killed_and_frozen_and_nothing_is_lost(
     task.shut()
     command = search(trio, task, output, "--storage", url, "--study_name", "four")
     group.start("search", *command)
-    wait_for(lambda: running(url, "four"))
+    group.wait_for(lambda: running(url, "four"))
     names = [f"w{n}" for n in range(4)]
     join = ["worker", "--storage", url, "--study_name", "four", "--device", "cpu", "--restart", "false"]
     processes = {name: group.start(name, *join, "--name", name) for name in names}
-    wait_for(lambda: running(url, "four").keys() == {"main", *names})
+    group.wait_for(lambda: running(url, "four").keys() == {"main", *names})
     before = running(url, "four")
     assert len(set(before.values())) == 5
     processes["w0"].kill()
     processes["w1"].kill()
     processes["w2"].send_signal(signal.SIGSTOP)
     handed_back = [before[name] for name in ("w0", "w1", "w2")]
-    wait_for(lambda: all(trials(url, "four")[n].state == TrialState.WAITING for n in handed_back))
+    group.wait_for(lambda: all(trials(url, "four")[n].state == TrialState.WAITING for n in handed_back))
     task.open()
-    wait_for(lambda: trials(url, "four")[before["w2"]].state == TrialState.COMPLETE)
+    group.wait_for(lambda: trials(url, "four")[before["w2"]].state == TrialState.COMPLETE)
     value = trials(url, "four")[before["w2"]].value
     processes["w2"].send_signal(signal.SIGCONT)
     for name in ("search", "w2", "w3"):
@@ -208,9 +213,9 @@ def test_a_server_that_goes_away_ends_all_in_one_line_and_they_go_on_later(
     command = search(trio, task, output, "--storage", url)
     join = ["worker", "--storage", url, "--study_name", "run", "--device", "cpu", "--restart", "false"]
     group.start("search", *command)
-    wait_for(lambda: running(url, "run"))
+    group.wait_for(lambda: running(url, "run"))
     group.start("worker", *join, "--name", "w")
-    wait_for(lambda: len(running(url, "run")) == 2)
+    group.wait_for(lambda: len(running(url, "run")) == 2)
     database.stop()
     try:
         task.open()
@@ -292,9 +297,9 @@ def test_ctrl_c_to_the_parent_alone_hands_the_trial_back(trio: Trio, task: Gated
     url = f"sqlite:///{output / 'study.db'}"
     task.shut()
     group.start("search", *search(trio, task, output))
-    wait_for(lambda: running(url))
+    group.wait_for(lambda: running(url))
     parent = group.start("worker", "worker", "--output_dir", str(output), "--device", "cpu", "--name", "w")
-    wait_for(lambda: "w" in running(url))
+    group.wait_for(lambda: "w" in running(url))
     number, child = running(url)["w"], task.child_of(parent.pid)
     parent.send_signal(signal.SIGINT)
     assert group.status("worker") == 130
@@ -318,7 +323,7 @@ def test_a_trial_that_is_too_slow_fails_and_one_that_hangs_ends_the_process(
     command = search(trio, task, output, "--trial_timeout", "10")
     task.shut()
     group.start("search", *command, "--n_trials", "5")
-    wait_for(lambda: running(url))
+    group.wait_for(lambda: running(url))
     task.open()
     assert group.status("search") == 0, group.said("search")
     task.sleep(14)
