@@ -221,7 +221,7 @@ def search(landscape: Landscape, way: Search, *, seed: int, marks: Sequence[int]
         claimed = max(trials, key=lambda trial: trial.value or 0.0)
         point: Mapping[str, float] = claimed.user_attrs["weights"]
         if way.plain is None:
-            best = recommend(trials, ranges, sampler=way.sampler, n_first=n_first, guided=way.guided)
+            best = recommend(trials, ranges, n_first=n_first)
             assert best is not None, "trials were scored"
             point = best.point
         truth = landscape.truth(np.array(list(point.values())))
