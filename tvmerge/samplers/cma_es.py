@@ -81,8 +81,7 @@ def evolved(seen: Observations, *, separable: bool = False) -> CMA | SepCMA:
         if len(block) < first.population_size:
             continue
         told = [(points[place[n]], -float(seen.scores[place[n]])) for n in block if n in place]
-        # Trials of one point, in a corner for one, tell no direction, and adapted learning rates divide by it.
-        if told and np.ptp([z for z, _ in told], axis=0).max() > 1e-9:
+        if told:
             worst = max(told, key=lambda solution: solution[1])
             generations.append(told + [worst] * (len(block) - len(told)))
         block = []
@@ -109,7 +108,12 @@ def _told(cma: CMA | SepCMA, generations: list[Generation], *, key: tuple[int, b
     if known != digests[: len(known)]:
         known, state = [], cma
     for generation in generations[len(known) :]:
-        state.tell(generation)
+        before = copy.deepcopy(state)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            state.tell(generation)
+        # The best of a generation may be at its mean, in a corner for one: adapted learning rates divide by the step.
+        if not np.isfinite(state.mean).all():
+            state = before
     state.ask()  # which decomposes the covariance
     _last[key] = (digests, state)
     return copy.deepcopy(state)
