@@ -250,7 +250,10 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def draw_times(name: str, n_weights: int, n_trials: int, *, rounds: int) -> float:
-    """Median milliseconds of a draw after that many finished trials of random scores, the first draw left out."""
+    """Median milliseconds of a draw after that many finished trials of random scores, the first draw left out.
+
+    All trials are near the best uniform weight, so that every sampler counts them.
+    """
     kinds = 9 if n_weights > 100 else 1
     names = [f"layers.{n // kinds}.kind{n % kinds}" for n in range(n_weights)]
     ranges = dict.fromkeys(names, FloatDistribution(0.0, 2.0))
@@ -259,9 +262,11 @@ def draw_times(name: str, n_weights: int, n_trials: int, *, rounds: int) -> floa
     trials: list[FrozenTrial] = []
     times = []
     for number in range(n_trials + rounds + 1):
-        weights = dict(zip(names, np.clip(rng.normal(1, 0.15, n_weights), 0, 2).tolist(), strict=True))
+        weights = dict(zip(names, rng.normal(1, 0.05, n_weights).tolist(), strict=True))
         if number < 8:
             weights = sampler.point(trials, number)
+            trials.append(scored(number, weights, 0.6 - 0.1 * (weights[names[0]] - 1) ** 2))
+            continue
         elif number >= n_trials:
             started = time.perf_counter()
             weights = sampler.point(trials, number)
