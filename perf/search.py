@@ -226,7 +226,7 @@ def search(landscape: Landscape, way: Search, *, seed: int, marks: Sequence[int]
         claimed = max(trials, key=lambda trial: trial.value or 0.0)
         point: Mapping[str, float] = claimed.user_attrs["weights"]
         if way.plain is None:
-            best = recommend(trials, ranges, sampler=way.sampler, n_first=n_first, guided=way.guided)
+            best = recommend(trials, ranges, n_first=n_first)
             assert best is not None, "trials were scored"
             point = best.point
         truth = landscape.truth(np.array(list(point.values())))
@@ -255,7 +255,10 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def draw_times(name: str, n_weights: int, n_trials: int, *, rounds: int) -> float:
-    """Median milliseconds of a draw after that many finished trials of random scores, the first draw left out."""
+    """Median milliseconds of a draw after that many finished trials of random scores, the first draw left out.
+
+    All trials are near the best uniform weight, so that every sampler counts them.
+    """
     kinds = 9 if n_weights > 100 else 1
     names = [f"layers.{n // kinds}.kind{n % kinds}" for n in range(n_weights)]
     ranges = dict.fromkeys(names, FloatDistribution(0.0, 2.0))
@@ -264,9 +267,11 @@ def draw_times(name: str, n_weights: int, n_trials: int, *, rounds: int) -> floa
     trials: list[FrozenTrial] = []
     times = []
     for number in range(n_trials + rounds + 1):
-        weights = dict(zip(names, np.clip(rng.normal(1, 0.15, n_weights), 0, 2).tolist(), strict=True))
+        weights = dict(zip(names, rng.normal(1, 0.05, n_weights).tolist(), strict=True))
         if number < 8:
             weights = sampler.point(trials, number)
+            trials.append(scored(number, weights, 0.6 - 0.1 * (weights[names[0]] - 1) ** 2))
+            continue
         elif number >= n_trials:
             started = time.perf_counter()
             weights = sampler.point(trials, number)

@@ -68,8 +68,8 @@ def evolved(seen: Observations, *, separable: bool = False) -> CMA | SepCMA:
     as each of them has ended; one that failed counts as the worst of its generation. What workers try meanwhile
     belongs to the next one. Its size is rounded up to a multiple of the workers that ran the start.
     """
-    z = _to(seen, separable=separable)
-    first = _new(seen, z.shape[1], separable=separable)
+    points = _to(seen, separable=separable)
+    first = _new(seen, points.shape[1], separable=separable)
     place = {int(number): i for i, number in enumerate(seen.numbers)}
     generations: list[Generation] = []
     block: list[int] = []
@@ -80,12 +80,12 @@ def evolved(seen: Observations, *, separable: bool = False) -> CMA | SepCMA:
         number += 1
         if len(block) < first.population_size:
             continue
-        told = [(z[place[n]], -float(seen.scores[place[n]])) for n in block if n in place]
+        told = [(points[place[n]], -float(seen.scores[place[n]])) for n in block if n in place]
         if told:
             worst = max(told, key=lambda solution: solution[1])
             generations.append(told + [worst] * (len(block) - len(told)))
         block = []
-    return _told(first, generations, key=(z.shape[1], separable, seen.guided, first.population_size))
+    return _told(first, generations, key=(points.shape[1], separable, seen.guided, first.population_size))
 
 
 def _new(seen: Observations, n_dim: int, *, separable: bool) -> CMA | SepCMA:
@@ -108,7 +108,12 @@ def _told(cma: CMA | SepCMA, generations: list[Generation], *, key: tuple[int, b
     if known != digests[: len(known)]:
         known, state = [], cma
     for generation in generations[len(known) :]:
-        state.tell(generation)
+        before = copy.deepcopy(state)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            state.tell(generation)
+        # The best of a generation may be at its mean, in a corner for one: adapted learning rates divide by the step.
+        if not np.isfinite(state.mean).all():
+            state = before
     state.ask()  # which decomposes the covariance
     _last[key] = (digests, state)
     return copy.deepcopy(state)

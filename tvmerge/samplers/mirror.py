@@ -131,7 +131,8 @@ class Replayed:
     """The draws of any sampler of Optuna's interface, which may keep what it knows in itself or with its trials.
 
     A study goes on in memory as long as it is called with one more trial each time, and is gone through from its
-    beginning if not: when it is resumed, and when workers draw between its draws.
+    beginning if not: when it is resumed, and when workers draw between its draws. Of several objectives it is told the
+    score, as many samplers refuse more.
 
     Args:
         make: seed → the sampler of a whole study.
@@ -154,7 +155,7 @@ class Replayed:
             number: of the trial.
             stream: of the worker.
         """
-        entries = told(seen, several=True, with_ended=True)
+        entries = told(seen, several=False, with_ended=True)
         keys = [(n, None if x is None else x.tobytes(), values) for n, x, values in entries]
         ranges = (seen.box.low.tobytes(), seen.box.high.tobytes(), stream)
         n_done = len(self._done)
@@ -172,9 +173,8 @@ class Replayed:
         return inside
 
     def _begin(self, seen: Observations, ranges: tuple[Any, ...], stream: int) -> None:
-        n_objectives = 1 if seen.values is None else seen.values.shape[1]
         storage = InMemoryStorage()
-        storage.create_new_study([StudyDirection.MAXIMIZE] * n_objectives, NAME)
+        storage.create_new_study([StudyDirection.MAXIMIZE], NAME)
         own = np.random.SeedSequence([self._seed, stream] if stream else [self._seed]).generate_state(1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

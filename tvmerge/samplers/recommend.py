@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from tvmerge.samplers import cma_es
 from tvmerge.samplers.observations import Observations, observe
-from tvmerge.samplers.rsm import believe
+from tvmerge.samplers.rsm import believe, cautious
 
-__all__ = ["RECOMMEND", "Recommendation", "pareto_front", "recommend"]
+__all__ = ["Recommendation", "pareto_front", "recommend"]
+
+Floats = npt.NDArray[np.float64]
 
 #: Of a normal distribution's middle 95%.
 Z95 = 1.959964
@@ -24,7 +27,7 @@ class Recommendation:
     """A point, and what its score is believed to be."""
 
     point: Mapping[str, float]
-    by: str  # what chose it: "surface", "trust region", "CMA-ES", "best observed"
+    by: str  # the model that chose it: "surface", "trust region", "CMA-ES"; "best observed" of fewer than 3 trials
     score: float | None  # predicted on the questions of the search, without a trial's noise; None: no prediction
     interval: tuple[float, float] | None  # that holds it with 95% probability, if the surface is right
 
@@ -33,36 +36,37 @@ def recommend(
     trials: Sequence[FrozenTrial],
     ranges: Mapping[str, FloatDistribution],
     *,
-    sampler: str = "RSM",
     n_first: int = 0,
     n_objectives: int = 1,
     maximise: bool = True,
-    guided: bool = True,
     noise: float | None = None,
 ) -> Recommendation | None:
-    """The point that a sampler believes to be the best.
+    """The point that is believed to be the best, whatever sampler chose the trials.
 
     Args:
         trials: of a study, in any order.
         ranges: name → range, in a stable order.
-        sampler: a key of RECOMMEND; any other recommends its best observed trial.
         n_first: how many trials the study gave the points of.
         n_objectives: how many values a trial has; of several their score counts.
         maximise: whether a higher value is better.
-        guided: whether the search started with one weight for all.
         noise: standard deviation of a trial's score, if it is known.
 
     Returns:
         None if no trial was scored.
     """
-    seen = observe(trials, ranges, n_first=n_first, n_objectives=n_objectives, maximise=maximise, guided=guided)
+    seen = observe(trials, ranges, n_first=n_first, n_objectives=n_objectives, maximise=maximise)
     if not len(seen.scores):
         return None
-    found = RECOMMEND.get(sampler, _best_observed)(seen, ranges, noise) or _best_observed(seen, ranges, noise)
+    believed = _of_models(seen, noise)
+    if believed is None:
+        best = seen.x[int(np.argmax(seen.scores))]
+        return Recommendation(seen.space.point(best, ranges), "best observed", None, None)
+    x, found = believed
+    found = replace(found, point=seen.space.point(x, ranges))
     if maximise or found.score is None or found.interval is None:
         return found
     low, high = found.interval
-    return Recommendation(found.point, found.by, -found.score, (-high, -low))
+    return replace(found, score=-found.score, interval=(-high, -low))
 
 
 def pareto_front(trials: Sequence[FrozenTrial]) -> list[int]:
@@ -79,16 +83,19 @@ def pareto_front(trials: Sequence[FrozenTrial]) -> list[int]:
     )
 
 
-def _of_surface(
-    seen: Observations, ranges: Mapping[str, FloatDistribution], noise: float | None
-) -> Recommendation | None:
+def _of_models(seen: Observations, noise: float | None) -> tuple[Floats, Recommendation] | None:
+    """Halfway between what a surface and what CMA-ES make of the trials, whoever chose them.
+
+    A surface is soon right where it fits and goes wrong where it does not, the mean of CMA-ES is slow and goes wrong
+    nowhere: perf/README.md has what each of them finds, alone and together.
+    """
     belief = believe(seen, noise=noise)
     if belief is None:
         return None
-    mean, sd = (float(each[0]) for each in belief.surface.predict(seen.along(belief.x[None], belief.surface.k)))
+    x = 0.5 * (seen.at(cautious(belief)) + cma_es.mean_point(seen))
+    mean, sd = (float(each[0]) for each in belief.surface.predict(seen.along(x[None], belief.surface.k)))
     sd *= student95(max(len(seen.scores) - len(belief.surface.mean), 3))
-    interval = (mean - sd, mean + sd)
-    return Recommendation(seen.space.point(belief.x, ranges), belief.model, mean, interval)
+    return x, Recommendation({}, belief.model, mean, (mean - sd, mean + sd))
 
 
 def student95(freedom: int) -> float:
@@ -101,19 +108,3 @@ def student95(freedom: int) -> float:
     """
     z = Z95
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-
-
-def _of_cma_es(
-    seen: Observations, ranges: Mapping[str, FloatDistribution], noise: float | None
-) -> Recommendation | None:
-    return Recommendation(seen.space.point(cma_es.mean_point(seen), ranges), "CMA-ES", None, None)
-
-
-def _best_observed(seen: Observations, ranges: Mapping[str, FloatDistribution], noise: float | None) -> Recommendation:
-    best = seen.x[int(np.argmax(seen.scores))]
-    return Recommendation(seen.space.point(best, ranges), "best observed", None, None)
-
-
-_Recommender = Callable[[Observations, Mapping[str, FloatDistribution], "float | None"], "Recommendation | None"]
-#: Sampler → what it recommends.
-RECOMMEND: Mapping[str, _Recommender] = {"RSM": _of_surface, "CMA-ES": _of_cma_es}

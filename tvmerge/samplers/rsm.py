@@ -6,11 +6,13 @@ and they gather where the score is high; workers that draw at once differ by the
 Scores that are no quadratic are noticed: the evidence of a surface is the product of its one-step-ahead predictions
 (Dawid 1984, Statistical theory: the prequential approach), and if it predicts worse than one whose rest depends on the
 place, the rest is no noise. Then a surface of the neighbourhood of the best is searched (a trust region), and if the
-misfit is plain CMA-ES goes on, which leaves the leading modes.
+misfit is plain CMA-ES goes on, which leaves the leading modes. Whether it is plain is asked at a few numbers of trials
+and the answer stays, as a search that changes its mind is told by half of its trials what the other half looked for.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +22,7 @@ from tvmerge.samplers import cma_es
 from tvmerge.samplers.observations import Observations
 from tvmerge.samplers.surface import RADIUS, Surface, fit, highest, misfit, squared_distances
 
-__all__ = ["Belief", "believe", "propose"]
+__all__ = ["Belief", "believe", "cautious", "propose"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -35,6 +37,10 @@ DOUBT, DISBELIEF = 4.0, 7.0
 TRUST, NEAR = 1.0, 2.0
 #: Fewer scored trials tell no surface.
 FEWEST_TRIALS = 3
+#: Standard deviations that the gain of what is recommended is believed to be above.
+CAUTION = 1.0
+#: After how many scored trials it is asked whether CMA-ES takes over, and how much later again.
+FIRST_LOOK, LATER = 24, 2**0.5
 
 
 @dataclass(frozen=True)
@@ -80,9 +86,11 @@ def believe(seen: Observations, *, noise: float | None = None) -> Belief | None:
     """What the scored trials say; None if they are too few to say anything."""
     if len(seen.scores) < FEWEST_TRIALS:
         return None
-    surface, z = _surface(seen, noise)
-    doubt = misfit(surface, z, seen.scores)
-    if doubt <= DOUBT:
+    z = seen.along(seen.x, min(N_MODES[-1], seen.space.modes.shape[1]))
+    hands_over = _hands_over(z, seen.scores, noise)
+    surface, doubt = _surface(z, seen.scores, noise)
+    z = z[:, : surface.k]
+    if doubt <= DOUBT and not hands_over:
         low, high = _box(z, seen.scores)
         top = _top(surface, low, high)
         return Belief("surface", surface, low, high, top, seen.at(top))
@@ -93,28 +101,57 @@ def believe(seen: Observations, *, noise: float | None = None) -> Belief | None:
     local = fit(z, seen.scores, noise=noise, nearness=np.maximum(nearness, 1e-6))
     low, high = centre - TRUST, centre + TRUST
     top = _top(local, low, high)
-    if doubt > DISBELIEF:
+    if hands_over:
         return Belief("CMA-ES", local, low, high, top, cma_es.mean_point(seen))
     return Belief("trust region", local, low, high, top, seen.at(top))
 
 
-def _surface(seen: Observations, noise: float | None) -> tuple[Surface, Floats]:
-    """The surface of as many modes as the trials bear, and the trials' coordinates `(n, k)`."""
-    fitted: list[tuple[Surface, Floats]] = []
+def _hands_over(z: Floats, scores: Floats, noise: float | None) -> bool:
+    """Whether the misfit was plain at any number of trials that it was looked at."""
+    look = float(FIRST_LOOK)
+    while look <= len(scores):
+        n = int(look)
+        if _doubt_of(z[:n].tobytes(), scores[:n].tobytes(), z.shape[1], noise) > DISBELIEF:
+            return True
+        look *= LATER
+    return False
+
+
+@functools.lru_cache(maxsize=256)
+def _doubt_of(z: bytes, scores: bytes, k: int, noise: float | None) -> float:
+    """As arrays cannot be looked up: what was found at each look is asked for in every trial."""
+    return _surface(np.frombuffer(z).reshape(-1, k), np.frombuffer(scores), noise)[1]
+
+
+def _surface(z: Floats, scores: Floats, noise: float | None) -> tuple[Surface, float]:
+    """The surface of as many of the modes `(n, m)` as the trials bear, and its misfit."""
+    fitted: list[Surface] = []
     for wanted in N_MODES:
-        k = min(wanted, seen.space.modes.shape[1])
+        k = min(wanted, z.shape[1])
         n_coefficients = 1 + 2 * k + k * (k - 1) // 2
-        if not fitted or (k == wanted and 2 * n_coefficients <= len(seen.scores)):
-            z = seen.along(seen.x, k)
-            fitted.append((fit(z, seen.scores, noise=noise), z))
-    top = max(surface.evidence for surface, _ in fitted)
-    return next((surface, z) for surface, z in reversed(fitted) if surface.evidence >= top - EVIDENCE)
+        if not fitted or (k == wanted and 2 * n_coefficients <= len(scores)):
+            fitted.append(fit(z[:, :k], scores, noise=noise))
+    top = max(surface.evidence for surface in fitted)
+    surface = next(surface for surface in reversed(fitted) if surface.evidence >= top - EVIDENCE)
+    return surface, misfit(surface, z[:, : surface.k], scores)
 
 
 def _box(z: Floats, scores: Floats) -> tuple[Floats, Floats]:
     """Where a surface is searched: up to RADIUS, and past it on the side to which the best quarter of the trials is."""
     best = z[np.argsort(-scores, kind="stable")[: max(len(scores) // 4, 1)]].mean(axis=0)
     return np.minimum(-RADIUS, best - 1), np.maximum(RADIUS, best + 1)
+
+
+def cautious(belief: Belief) -> Floats:
+    """The point `(k,)` between the best uniform one and the top that is most surely better than the former.
+
+    It is the highest lower bound of the gain, one standard deviation below its mean: after a few trials the top is
+    where the surface is steep by chance, and the more is known the nearer it is to the top.
+    """
+    surface, z = belief.surface, np.linspace(0, 1, 21)[:, None] * belief.top
+    mean, sd = surface.differences(z)
+    best: Floats = z[int(np.argmax(mean - CAUTION * sd))]
+    return best
 
 
 def _top(surface: Surface, low: Floats, high: Floats) -> Floats:

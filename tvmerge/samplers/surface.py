@@ -54,6 +54,12 @@ class Surface:
         spread = np.linalg.solve(self.root.T, phi.T)
         return self.offset + phi @ self.mean, self.noise * np.sqrt((spread**2).sum(axis=0))
 
+    def differences(self, z: Floats) -> tuple[Floats, Floats]:
+        """Mean and standard deviation of the score without noise less that at the origin, `(n,)` each, at `(n, k)`."""
+        phi = features(z) - features(np.zeros((1, self.k)))
+        spread = np.linalg.solve(self.root.T, phi.T)
+        return phi @ self.mean, self.noise * np.sqrt((spread**2).sum(axis=0))
+
     def draw(self, generator: np.random.Generator) -> Floats:
         """Coefficients `(p,)` of one surface that may be the true one."""
         normal = generator.standard_normal(len(self.mean))
