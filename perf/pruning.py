@@ -72,7 +72,7 @@ def search_pruned(landscape: Landscape, *, sampler: str, pruner: str, seed: int,
         else:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
         if asked >= marks[len(found)] * n_questions:
-            best = recommend(study.get_trials(deepcopy=False), ranges, sampler=sampler, n_first=len(first))
+            best = recommend(study.get_trials(deepcopy=False), ranges, n_first=len(first))
             assert best is not None, "given trials are never stopped"
             truth = landscape.truth(np.array(list(best.point.values())))
             n_stopped = sum(not other.is_complete for other in others)

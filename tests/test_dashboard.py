@@ -27,7 +27,7 @@ from optuna_dashboard import get_note, save_note
 
 from tvmerge.cli import main
 from tvmerge.config import DashboardConfig
-from tvmerge.dashboard import DashboardThread, open_storage
+from tvmerge.dashboard import DashboardThread, open_study
 from tvmerge.errors import StudyError
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -159,7 +159,7 @@ def study(tmp_path: Path) -> Iterator[optuna.Study]:
 
 @pytest.fixture
 def thread(study: optuna.Study, tmp_path: Path) -> Iterator[DashboardThread]:
-    storage = open_storage(DashboardConfig(output_dir=str(tmp_path)), tmp_path)
+    storage, _ = open_study(DashboardConfig(output_dir=str(tmp_path)), tmp_path)
     yield DashboardThread(storage, study_name="tvmerge", folder=tmp_path)
     storage.remove_session()
     storage.engine.dispose()
@@ -298,7 +298,7 @@ def test_what_cannot_be_is_said_in_one_line(
     assert not (tmp_path / "none.db").exists()
     (tmp_path / "torn.db").write_bytes(b"x" * 5000)
     refused(["--storage", f"sqlite:///{tmp_path}/torn.db"], "file is not a database", capsys)
-    refused(["--storage", "nothing://u:secret@host/x"], "//…@host/x: cannot be opened as a study", capsys)
+    refused(["--storage", "nothing://u:secret@host/x"], "nothing://u@host/x: there is no such kind of database", capsys)
     refused([*here, "--port", "65536"], "--port must be from 0 to 65535", capsys)
     refused([*here, "--host", " "], "--host is empty", capsys)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -310,8 +310,8 @@ def test_what_cannot_be_is_said_in_one_line(
 
 def test_a_study_of_another_optuna_is_refused(tmp_path: Path) -> None:
     (tmp_path / "study.db").touch()
-    with pytest.raises(StudyError, match="cannot be opened as a study"):
-        open_storage(DashboardConfig(), tmp_path)
+    with pytest.raises(StudyError, match="holds 0 studies"):
+        open_study(DashboardConfig(), tmp_path)
 
 
 def test_other_machines_are_let_in_with_a_warning_only(study: optuna.Study, tmp_path: Path) -> None:

@@ -10,16 +10,15 @@ import socket
 import sys
 import threading
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from socketserver import ThreadingMixIn
-from typing import Any, Literal
-from urllib.parse import quote, unquote
+from typing import Any
+from urllib.parse import unquote
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
-import optuna
 import sqlalchemy
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.exceptions import OptunaError
@@ -31,9 +30,10 @@ from tvmerge.config import DashboardConfig
 from tvmerge.errors import ConfigError, StudyError
 from tvmerge.files import local_path, write_bytes
 from tvmerge.report.notes import RunNotes, study_note
-from tvmerge.results import TrialRow
+from tvmerge.results import trial_rows
+from tvmerge.storage import PATIENCE, STUDY_FILE, file_url, only_study, open_storage, reason_of, shown_url
 
-__all__ = ["DashboardThread", "dashboard", "open_storage", "trial_row"]
+__all__ = ["DashboardThread", "dashboard", "open_study"]
 
 #: Seconds between two looks for new trials and plots.
 INTERVAL = 3.0
@@ -41,15 +41,6 @@ INTERVAL = 3.0
 BATCH = 100
 #: Characters of a piece of a note. Source: optuna_dashboard 0.21, _note.py.
 PIECE = 2045
-#: Seconds to wait for a sqlite file that a run is writing to.
-SQLITE_TIMEOUT = 60
-STATES: Mapping[TrialState, Literal["complete", "pruned", "failed", "running", "waiting"]] = {
-    TrialState.COMPLETE: "complete",
-    TrialState.PRUNED: "pruned",
-    TrialState.FAIL: "failed",
-    TrialState.RUNNING: "running",
-    TrialState.WAITING: "waiting",
-}
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 #: What a storage raises; KeyError: the study was deleted meanwhile.
 STORAGE_ERRORS = (OptunaError, SQLAlchemyError, OSError, KeyError, RuntimeError)
@@ -71,8 +62,8 @@ def dashboard(config: DashboardConfig) -> None:
             f'the dashboard needs the package optuna-dashboard, pip install "tvmerge[dashboard]" ({error})'
         ) from error
     folder = local_path(config.output_dir, flag="--output_dir")
-    storage = open_storage(config, folder)
-    thread = DashboardThread(storage, study_name=config.study_name, folder=folder)
+    storage, name = open_study(config, folder)
+    thread = DashboardThread(storage, study_name=name, folder=folder)
     try:
         app = wsgi(get_storage(storage), artifact_store=FileSystemArtifactStore(folder / "artifacts"))
         with _listen(config) as server:
@@ -88,36 +79,30 @@ def dashboard(config: DashboardConfig) -> None:
         storage.engine.dispose()
 
 
-def open_storage(config: DashboardConfig, folder: Path) -> RDBStorage:
-    """Open the storage of a study that is there; nothing is made.
+def open_study(config: DashboardConfig, folder: Path) -> tuple[RDBStorage, str]:
+    """The storage of a study that is there, and its name; nothing is made.
 
     Raises:
         StudyError: there is none, or none of this name, or it cannot be opened.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url, shown = config.storage, config.storage
-    if url is None or shown is None:
-        path = folder / "study.db"
+    url, shown = config.storage, "" if config.storage is None else f"--storage {shown_url(config.storage)}"
+    if url is None:
+        path = folder / STUDY_FILE
         if not path.is_file():
             raise StudyError(f"{path}: there is no study, name the --output_dir of a run or its --storage")
-        url, shown = f"sqlite:///{quote(str(path))}", str(path)
-    shown = re.sub(r"//[^/]*@", "//…@", shown)  # it may hold a password
+        url, shown = file_url(path), str(path)
     if url.startswith("sqlite:///") and not Path(unquote(url.removeprefix("sqlite:///")).partition("?")[0]).is_file():
-        raise StudyError(f"--storage {shown}: there is no such file")  # which sqlite would make
-    options = {"connect_args": {"timeout": SQLITE_TIMEOUT}} if url.startswith("sqlite") else {}
+        raise StudyError(f"{shown}: there is no such file")  # which sqlite would make
+    storage = open_storage(url)
     try:
-        storage = RDBStorage(url, engine_kwargs=options, skip_table_creation=True)
+        name = config.study_name or only_study(storage, shown=shown)
         names = [study.study_name for study in storage.get_all_studies()]
-    except (*STORAGE_ERRORS, ImportError, ValueError) as error:
-        cause = error.__cause__ or error  # Optuna's own message is about a commit
-        reason = " ".join(str(getattr(cause, "orig", None) or cause).split())[:200]
-        raise StudyError(f"{shown}: cannot be opened as a study: {reason}") from error
-    if config.study_name not in names:
+    except STORAGE_ERRORS as error:
+        raise StudyError(f"{shown}: cannot be opened as a study: {reason_of(error)}") from error
+    if name not in names:
         storage.engine.dispose()
-        raise StudyError(
-            f"{shown}: holds no study {config.study_name!r}, --study_name may be {', '.join(names) or 'none'}"
-        )
-    return storage
+        raise StudyError(f"{shown}: holds no study {name!r}, --study_name may be {', '.join(names) or 'none'}")
+    return storage, name
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -176,27 +161,6 @@ def _announce(config: DashboardConfig, port: int) -> None:
     print("It has no login, and whoever opens it can change and delete studies.", flush=True)
 
 
-def trial_row(trial: FrozenTrial) -> TrialRow:
-    """A trial as plain data, as far as its study alone says."""
-    attributes = dict(trial.user_attrs)
-    weights = attributes.pop("weights", None) or trial.params
-    weights = json.loads(weights) if isinstance(weights, str) else weights
-    usage = attributes.get("judge_usage") or {}
-    return TrialRow(
-        number=trial.number,
-        state=STATES[trial.state],
-        is_given=False,
-        weights=weights,
-        score=trial.values[0] if trial.values else None,
-        tasks=attributes.pop("task_scores", {}),
-        seconds=attributes.pop("seconds", None),
-        cost=usage.get("cost"),
-        failure=attributes.pop("failure", None),
-        worker=attributes.pop("worker", None),
-        facts={key: value for key, value in attributes.items() if key != "scores"},
-    )
-
-
 class DashboardThread:
     """Gives finished trials notes, and the study its note and its plots, at once and then every few seconds.
 
@@ -225,7 +189,7 @@ class DashboardThread:
         """End it, after what is being written."""
         self._ends.set()
         if self._thread.ident is not None:
-            self._thread.join(SQLITE_TIMEOUT)
+            self._thread.join(PATIENCE)
 
     def _run(self) -> None:
         while not self._ends.wait(INTERVAL):
@@ -269,7 +233,7 @@ class DashboardThread:
         """
         pairs: list[tuple[str, Any]] = []
         for trial in trials:
-            pairs.append((f"dashboard:{trial._trial_id}:note_str:0", self._notes.of(trial_row(trial))))
+            pairs.append((f"dashboard:{trial._trial_id}:note_str:0", self._notes.of(trial_rows([trial])[0])))
             pairs.append((f"dashboard:{trial._trial_id}:note_ver", 1))
         rows = [{"study": study_id, "key": key, "value": json.dumps(value)} for key, value in pairs]
         table = sqlalchemy.table("study_system_attributes", *map(sqlalchemy.column, ("study_id", "key", "value_json")))

@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from tvmerge.errors import ConfigError, StudyError
 
 __all__ = [
+    "PATIENCE",
     "STORAGE_ERRORS",
     "STUDY_FILE",
     "STUDY_NAME",
@@ -41,7 +42,7 @@ def file_url(path: Path) -> str:
 
 def shown_url(url: str) -> str:
     """An address without its password, which no file and no message may hold."""
-    return make_url(url).set(password=None).render_as_string()
+    return make_url(url)._replace(password=None).render_as_string()  # `set` takes None for "as it is"
 
 
 def open_storage(url: str) -> RDBStorage:

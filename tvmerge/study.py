@@ -249,7 +249,12 @@ class MergeStudy:
 
     def recommended(self) -> Recommendation | None:
         """The point that the sampler believes to be the best; None if no trial was scored."""
-        return recommend(self._trials(), self.plan.ranges, sampler=self.plan.sampler, n_first=self.n_first)
+        return recommend(
+            self._trials(),
+            self.plan.ranges,
+            n_first=self.n_first,
+            n_objectives=max(len(self.plan.objectives), 1),
+        )
 
     def claim(self, n_trials: int) -> Claim | None:
         """A trial to run; None if none is left of so many."""

@@ -20,14 +20,14 @@ class DashboardConfig:
         host: address to listen at; any other than this machine's own lets others in, and there is no login
         port: port to listen at; 0 takes a free one
         storage: address of the study's storage, if it is not output_dir/study.db
-        study_name: name of the study in the storage
+        study_name: name of the study in the storage; not needed if it holds one
     """
 
     output_dir: str = "output"
     host: str = "127.0.0.1"
     port: int = 8080
     storage: str | None = None
-    study_name: str = "tvmerge"
+    study_name: str | None = None
 
     def __post_init__(self) -> None:
         """Check every value that can be checked without opening anything.
@@ -35,9 +35,8 @@ class DashboardConfig:
         Raises:
             ConfigError: the first value that cannot work.
         """
-        for name in ("host", "study_name"):
-            if not getattr(self, name).strip():
-                raise ConfigError(f"--{name} is empty")
+        if not self.host.strip():
+            raise ConfigError("--host is empty")
         if self.storage is not None and not self.storage.strip():
             raise ConfigError("--storage is empty, give an address as sqlite:///study.db")
         if not 0 <= self.port <= LARGEST_PORT:
