@@ -77,7 +77,7 @@ def shown(address: str, page: str, profile: Path) -> str:
 def test_a_browser_shows_the_run(trio: Trio, tmp_path: Path) -> None:
     output = tmp_path / "run"
     assert main(flags(trio, output, 3)) == 0
-    (output / "score_by_trial.png").write_bytes(PNG)
+    plot = (output / "score_by_trial.png").read_bytes()
     with served(output) as (address, process):
         trial = shown(address, "dashboard/studies/1/trials?numbers=1", tmp_path / "profile")
         assert "tvmerge" in trial
@@ -88,12 +88,13 @@ def test_a_browser_shows_the_run(trio: Trio, tmp_path: Path) -> None:
         study = shown(address, "dashboard/studies/1/note", tmp_path / "profile")
         assert "A merge found by tvmerge" in study
         assert "best uniform" in study
-        artifact = api(address)["artifacts"][0]
-        assert artifact["filename"] == "score_by_trial.png"
+        plots = {each["filename"]: each for each in api(address)["artifacts"]}
+        assert plots.keys() == {path.name for path in output.glob("*.png")}
+        artifact = plots["score_by_trial.png"]
         home = shown(address, "dashboard/studies/1", tmp_path / "profile")
         assert f"/artifacts/1/{artifact['artifact_id']}" in home
         with urllib.request.urlopen(f"{address}artifacts/1/{artifact['artifact_id']}") as reply:
-            assert reply.read() == PNG
+            assert reply.read() == plot
             assert reply.headers["Content-Type"] == "image/png"
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
