@@ -21,14 +21,14 @@ GATE_MODE= GATE_PROMPTS= MOE_BASE= EXPERTS_PER_TOKEN= SHARE_WEIGHTS= SEARCH_GATE
 # Tasks: those of TASK_DIR, those that come with tvmerge, or lm-eval's own. For real models, for instance:
 # JGLUE_TASKS=jcommonsenseqa-1.1-0.3,jnli-1.3-0.2,jsquad-1.1-0.2
 JGLUE_TASKS=toy_jcommonsenseqa,toy_jnli,toy_marc_ja,toy_jsquad
-JGLUE_LIMIT=100    # questions per task in a trial
+JGLUE_LIMIT=100    # questions per task in a trial; empty: about 300 in all
 JGLUE_DATA=        # folder with JGLUE's files; empty: they are downloaded
 NUM_FEWSHOT=       # examples in a prompt; empty: what the task says, 3 for JGLUE
 TASK_DIR=demo/tasks
 
 # Search
 OPTIMIZE_MODE=layer # uniform, layer, block:4, parameter, all
-OPTUNA_SAMPLER=TPE  # TPE, CMA-ES, RSM
+OPTUNA_SAMPLER=RSM  # CMA-ES, TPE, NSGA-II and others, see README.md
 WEIGHT_MIN=0
 WEIGHT_MAX=2
 N_TRIALS=30
@@ -54,7 +54,7 @@ python -m tvmerge jglue \
   ${SEARCH_GATE:+--search_gate "$SEARCH_GATE"} \
   ${SAVE_EXPERTS:+--save_experts "$SAVE_EXPERTS"} \
   --jglue_tasks "$JGLUE_TASKS" \
-  --jglue_limit "$JGLUE_LIMIT" \
+  ${JGLUE_LIMIT:+--jglue_limit "$JGLUE_LIMIT"} \
   --task_dir "$TASK_DIR" \
   ${JGLUE_DATA:+--jglue_data "$JGLUE_DATA"} \
   ${NUM_FEWSHOT:+--num_fewshot "$NUM_FEWSHOT"} \

@@ -23,7 +23,7 @@ BENCH_NAME=toy
 CHAT_TEMPLATE=none # the toys know no chat; empty: the template of the target's tokenizer
 MAX_NEW_TOKEN=512
 NUM_CHOICES=1
-QUESTION_LIMIT= # questions in a trial; empty: all that are not held out
+QUESTION_LIMIT= # questions in a trial; empty: 300; all: all that are not held out
 # For real models, for instance:
 # BENCH_NAME=japanese_chat CHAT_TEMPLATE= # or japanese_roleplay, english_chat
 
@@ -41,7 +41,7 @@ PARALLEL=8      # requests to the judge at a time
 
 # Search
 OPTIMIZE_MODE=layer # uniform, layer, block:4, parameter, all
-OPTUNA_SAMPLER=TPE  # TPE, CMA-ES, RSM
+OPTUNA_SAMPLER=RSM  # CMA-ES, TPE, NSGA-II and others, see README.md
 WEIGHT_MIN=0
 WEIGHT_MAX=2
 N_TRIALS=30
