@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 from urllib.parse import quote
 
@@ -65,6 +67,8 @@ def open_storage(url: str) -> RDBStorage:
             "--storage is no address of a database, write it as postgresql+psycopg://user@host/database"
         ) from error
     try:
+        if is_file and parsed.database and not Path(parsed.database).exists():
+            _make_file(Path(parsed.database))
         return RDBStorage(url, engine_kwargs=arguments)
     except ImportError as error:
         driver = error.__cause__ or error
@@ -75,8 +79,25 @@ def open_storage(url: str) -> RDBStorage:
         if "NoSuchModule" in type(error).__name__:
             raise ConfigError(f"--storage {shown}: there is no such kind of database") from error
         raise StudyError(f"{shown}: cannot be opened as a study: {reason_of(error)}") from error
-    except (OptunaError, RuntimeError) as error:  # a database of another version of Optuna
+    except (OptunaError, RuntimeError, OSError) as error:  # a database of another version of Optuna
         raise StudyError(f"{shown}: cannot be opened as a study: {reason_of(error)}") from error
+
+
+def _make_file(path: Path) -> None:
+    """A database without a study, which appears whole.
+
+    Sqlite makes tables and indices one by one. Where a kill left a table without its index, Optuna never makes it, and
+    there are soon two studies of one name.
+    """
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        storage = RDBStorage(file_url(staging / path.name))
+        storage.remove_session()
+        storage.engine.dispose()
+        if not path.exists():
+            (staging / path.name).replace(path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def only_study(storage: RDBStorage, *, shown: str) -> str:
