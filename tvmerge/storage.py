@@ -10,7 +10,7 @@ from urllib.parse import quote
 import optuna
 from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from tvmerge.errors import ConfigError, StudyError
@@ -42,8 +42,21 @@ def file_url(path: Path) -> str:
 
 
 def shown_url(url: str) -> str:
-    """An address without its password, which no file and no message may hold."""
-    return make_url(url).set(password=None).render_as_string()
+    """An address without its password, which no file and no message may hold.
+
+    Raises:
+        ConfigError: it is no address.
+    """
+    return _parsed(url).set(password=None).render_as_string()
+
+
+def _parsed(url: str) -> URL:
+    try:
+        return make_url(url)
+    except (SQLAlchemyError, ValueError) as error:
+        raise ConfigError(
+            "--storage is no address of a database, write it as postgresql+psycopg://user@host/database"
+        ) from error
 
 
 def open_storage(url: str) -> RDBStorage:
@@ -57,15 +70,10 @@ def open_storage(url: str) -> RDBStorage:
         StudyError: it cannot be reached, or holds something else.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        parsed = make_url(url)
-        is_file = parsed.get_backend_name() == "sqlite"
-        arguments = {"connect_args": {"timeout": PATIENCE}} if is_file else {"pool_pre_ping": True}
-        shown = (parsed.database or url) if is_file else shown_url(url)
-    except SQLAlchemyError as error:
-        raise ConfigError(
-            "--storage is no address of a database, write it as postgresql+psycopg://user@host/database"
-        ) from error
+    parsed = _parsed(url)
+    is_file = parsed.get_backend_name() == "sqlite"
+    arguments = {"connect_args": {"timeout": PATIENCE}} if is_file else {"pool_pre_ping": True}
+    shown = (parsed.database or url) if is_file else shown_url(url)
     try:
         if is_file and parsed.database and not Path(parsed.database).exists():
             _make_file(Path(parsed.database))
