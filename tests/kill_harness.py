@@ -1,8 +1,7 @@
 """Kills a search again and again at random moments of its life, and compares what it ends with.
 
 `python tests/kill_harness.py --kills 100` is the long version, `--judged` that with a judge. A round is a run that is
-killed a few times and then left alone; rounds go on until there were so many kills. The moments are spread evenly over
-the seconds that a run takes which nobody kills.
+killed a few times and then left alone; rounds go on until there were so many kills.
 
 Processes are forked from one that has imported everything, as a kill in the middle of `import torch` tells nothing and
 takes five seconds; the first of each call is one of its own.
@@ -84,26 +83,35 @@ class Processes:
         self.log = log
         self._parent: subprocess.Popen[bytes] | None = None
 
-    def run(self, arguments: list[str], *, seconds: float | None, fresh: bool = False) -> int:
-        """The exit status, of a process that is killed after so many seconds; None: it is not."""
+    def run(self, arguments: list[str], *, moment: tuple[int, float] | None = None, fresh: bool = False) -> int:
+        """The exit status of a process that is killed once it began so many things, and after so many seconds more."""
         if fresh:
             command = [sys.executable, "-c", TRACED, str(self.log), *arguments]
             with Path(f"{self.log}.errors").open("wb") as errors:
                 process = subprocess.Popen(command, cwd=ROOT, stdout=errors, stderr=errors)
-                try:
-                    return process.wait(seconds)
-                except subprocess.TimeoutExpired:
+                if self._comes(moment, lambda seconds: process.poll() is not None or bool(time.sleep(seconds))):
                     process.send_signal(signal.SIGKILL)
-                    return process.wait()
+                return process.wait()
         parent = self._parent or self._start()
         assert parent.stdin is not None
         assert parent.stdout is not None
         parent.stdin.write(json.dumps(arguments).encode() + b"\n")
         parent.stdin.flush()
         child = int(parent.stdout.readline())
-        if seconds is not None and not select.select([parent.stdout], [], [], seconds)[0]:
-            os.kill(child, signal.SIGKILL)  # it cannot be another process: its parent has not waited for it, or says so
+        told = [parent.stdout]
+        if self._comes(moment, lambda seconds: bool(select.select(told, [], [], seconds)[0])):
+            os.kill(child, signal.SIGKILL)  # it is this one still: its parent tells before another one gets its number
         return int(parent.stdout.readline())
+
+    def _comes(self, moment: tuple[int, float] | None, has_ended: Callable[[float], bool]) -> bool:
+        """Wait for a moment; false if there is none, or the process ends before it."""
+        if moment is None:
+            return False
+        n_events, seconds = len(self.events()) + moment[0], moment[1]
+        while len(self.events()) < n_events:
+            if has_ended(0.002):
+                return False
+        return not has_ended(seconds)
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-c", TRACED, str(self.log), "-"]
@@ -168,7 +176,6 @@ class Found:
 
     rounds: int = 0
     kills: Counter[str] = field(default_factory=Counter)  # what was under way
-    again: int = 0  # trials that were under way at a kill, and were begun again
     requests: int = 0
     judgments: int = 0
 
@@ -190,14 +197,14 @@ class Harness:
         processes, found, generator = Processes(self.folder / "events"), Found(), random.Random(seed)
         try:
             straight = self._directory("straight")
-            assert processes.run(self.arguments(straight), seconds=None, fresh=True) == 0, processes.errors()
+            assert processes.run(self.arguments(straight), fresh=True) == 0, processes.errors()
             self._forget()
             again = self._directory("again")
             begun = time.monotonic()
-            assert processes.run(self.arguments(again), seconds=None) == 0, processes.errors()
+            assert processes.run(self.arguments(again)) == 0, processes.errors()
             begun = time.monotonic()
             timed = self._directory("timed")
-            assert processes.run(self.arguments(timed), seconds=None) == 0, processes.errors()
+            assert processes.run(self.arguments(timed)) == 0, processes.errors()
             whole = time.monotonic() - begun
             self._compare(straight, again)
             while found.kills.total() < kills:
@@ -226,9 +233,11 @@ class Harness:
         while True:
             done, n_events = done_in(output), len(processes.events())
             is_last = found.kills.total() >= kills
-            seconds = None if is_last else generator.uniform(0, whole)
+            # Half of them at any second of a run, the others once it has begun so many trials or models.
+            moments = [(0, generator.uniform(0, whole)), (generator.randint(1, 6), generator.uniform(0, 0.2))]
+            moment = None if is_last else generator.choice(moments)
             fresh = found.kills.total() == 0
-            status = processes.run(self.arguments(output), seconds=seconds, fresh=fresh)
+            status = processes.run(self.arguments(output), moment=moment, fresh=fresh)
             begun = [tuple(event) for event in processes.events()[n_events:]]
             assert not done & set(begun), f"done twice: {sorted(done & set(begun), key=str)}"
             assert len(set(begun)) == len(begun)

@@ -9,6 +9,7 @@ from typing import Any
 
 import optuna
 import pytest
+import sqlalchemy
 from optuna.distributions import FloatDistribution
 
 from tvmerge.errors import RunError, StudyError
@@ -193,6 +194,24 @@ def test_a_trial_that_must_not_be_lost_is_run_again(tmp_path: Path, n_before: in
         study.run_trial(break_with(error))
     study.close()
     assert run(tmp_path / "broken", 12) == run(tmp_path / "straight", 12)
+
+
+def test_a_kill_while_the_file_is_made_leaves_none(tmp_path: Path) -> None:
+    def die(connection: object, cursor: object, statement: str, *rest: object) -> None:
+        if "UNIQUE INDEX" in statement:  # its table is written by now
+            raise Killed
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "before_cursor_execute", die)
+    try:
+        with pytest.raises(Killed):
+            open_study(tmp_path)
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "before_cursor_execute", die)
+    assert not (tmp_path / "study.db").exists()
+    (tmp_path / ".study.db.1.tmp").mkdir()  # a real kill tidies nothing
+    run(tmp_path, 3)
+    assert len(run(tmp_path, 4)) == 4
+    assert not (tmp_path / ".study.db.1.tmp").exists()
 
 
 def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:

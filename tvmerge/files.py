@@ -133,7 +133,8 @@ def check_output(directory: Path) -> None:
         ConfigError: with the folder.
     """
     check_writable(directory)
-    if (directory / "best").exists() and not (directory / "study.db").exists():
+    # The study itself may be in a database elsewhere.
+    if (directory / "best").exists() and not any((directory / name).exists() for name in ("study.db", "scores.jsonl")):
         raise ConfigError(f"--output_dir {directory}: holds a 'best' that no study made, name another folder")
 
 

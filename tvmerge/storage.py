@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 from urllib.parse import quote
 
 import optuna
 from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from tvmerge.errors import ConfigError, StudyError
@@ -41,8 +43,22 @@ def file_url(path: Path) -> str:
 
 
 def shown_url(url: str) -> str:
-    """An address without its password, which no file and no message may hold."""
-    return make_url(url)._replace(password=None).render_as_string()  # `set` takes None for "as it is"
+    """An address without its password, which no file and no message may hold.
+
+    Raises:
+        ConfigError: it is no address.
+    """
+    # `set` takes None for "as it is".
+    return _parsed(url)._replace(password=None).render_as_string()
+
+
+def _parsed(url: str) -> URL:
+    try:
+        return make_url(url)
+    except (SQLAlchemyError, ValueError) as error:
+        raise ConfigError(
+            "--storage is no address of a database, write it as postgresql+psycopg://user@host/database"
+        ) from error
 
 
 def open_storage(url: str) -> RDBStorage:
@@ -56,16 +72,13 @@ def open_storage(url: str) -> RDBStorage:
         StudyError: it cannot be reached, or holds something else.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    parsed = _parsed(url)
+    is_file = parsed.get_backend_name() == "sqlite"
+    arguments = {"connect_args": {"timeout": PATIENCE}} if is_file else {"pool_pre_ping": True}
+    shown = (parsed.database or url) if is_file else shown_url(url)
     try:
-        parsed = make_url(url)
-        is_file = parsed.get_backend_name() == "sqlite"
-        arguments = {"connect_args": {"timeout": PATIENCE}} if is_file else {"pool_pre_ping": True}
-        shown = (parsed.database or url) if is_file else shown_url(url)
-    except SQLAlchemyError as error:
-        raise ConfigError(
-            "--storage is no address of a database, write it as postgresql+psycopg://user@host/database"
-        ) from error
-    try:
+        if is_file and parsed.database and not Path(parsed.database).exists():
+            _make_file(Path(parsed.database))
         return RDBStorage(url, engine_kwargs=arguments)
     except ImportError as error:
         driver = error.__cause__ or error
@@ -76,8 +89,25 @@ def open_storage(url: str) -> RDBStorage:
         if "NoSuchModule" in type(error).__name__:
             raise ConfigError(f"--storage {shown}: there is no such kind of database") from error
         raise StudyError(f"{shown}: cannot be opened as a study: {reason_of(error)}") from error
-    except (OptunaError, RuntimeError) as error:  # a database of another version of Optuna
+    except (OptunaError, RuntimeError, OSError) as error:  # a database of another version of Optuna
         raise StudyError(f"{shown}: cannot be opened as a study: {reason_of(error)}") from error
+
+
+def _make_file(path: Path) -> None:
+    """A database without a study, which appears whole.
+
+    Sqlite makes tables and indices one by one. Where a kill left a table without its index, Optuna never makes it, and
+    there are soon two studies of one name.
+    """
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        storage = RDBStorage(file_url(staging / path.name))
+        storage.remove_session()
+        storage.engine.dispose()
+        if not path.exists():
+            (staging / path.name).replace(path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def only_study(storage: RDBStorage, *, shown: str) -> str:

@@ -26,6 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tvmerge.errors import InputError, RunError, StopError, StudyError, TrialTimeout
 from tvmerge.evaluators import QuestionScore, Scored, mean_score, task_scores
+from tvmerge.files import remove_staged
 from tvmerge.heartbeat import Heartbeat
 from tvmerge.models.batching import is_out_of_memory
 from tvmerge.pruning import Other, TrialStopped
@@ -85,12 +86,15 @@ class MergeStudy:
         self.trial_timeout = trial_timeout
         self._name = name
         self._output = output_dir
+        self._in_file = storage is None
         self._worker = worker
         self._heartbeat: Heartbeat | None = None
         self._opened: RDBStorage | None = None
         self._logged: set[int] = set()  # numbers of the trials that are in scores.jsonl
         self._lock = None if output_dir is None else _lock(output_dir)
         try:
+            if output_dir is not None:
+                remove_staged(output_dir, STUDY_FILE)
             self._opened = open_storage(storage or file_url(_known(output_dir) / STUDY_FILE))
             is_new = self._open()
             self._queue = TrialQueue(self._study, self._opened, plan, worker=worker)
@@ -107,7 +111,7 @@ class MergeStudy:
 
     @property
     def _place(self) -> str:
-        return f"study {self._name}" if self._output is None else str(self._output / STUDY_FILE)
+        return str(self._output / STUDY_FILE) if self._output is not None and self._in_file else f"study {self._name}"
 
     def _open(self) -> bool:
         """Load or create the study; true if it is new."""
