@@ -19,11 +19,12 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from scipy.stats import qmc
 
 from tvmerge.errors import ConfigError
-from tvmerge.samplers import SAMPLERS, PointSampler, check_sampler, pareto_front, recommend
+from tvmerge.samplers import SAMPLERS, PointSampler, SeededSampler, check_sampler, pareto_front, recommend
 from tvmerge.samplers.cma_es import evolved
 from tvmerge.samplers.mirror import NSGAII
 from tvmerge.samplers.observations import BOX, observe
 from tvmerge.samplers.plain import MUTATION_RATE, POPULATION
+from tvmerge.samplers.rsm import believe, cautious
 
 Ranges = Mapping[str, FloatDistribution]
 Score = Callable[[Mapping[str, float]], float]
@@ -331,6 +332,44 @@ def test_few_trials_recommend_nothing_much_worse_than_one_weight(n: int) -> None
         uniform = max(score(dict.fromkeys(ranges, weight)) for weight in np.linspace(0, 2, 41))
         worse.append(uniform - score(found.point))
     assert np.mean(worse) < 0.006
+
+
+def test_the_more_is_known_the_nearer_to_the_top_of_the_surface() -> None:
+    trials = study_of("RSM", 200, noise=0.03)
+    shares = []
+    for n in (12, 30, 200):
+        belief = believe(observe(trials[:n], LAYERS))
+        assert belief is not None
+        z, top = cautious(belief), belief.top
+        shares.append(float(z @ top / (top @ top)))
+        assert np.allclose(z, shares[-1] * top), "on the way to it"
+    assert 0 <= shares[0] < shares[-1] <= 1
+    assert shares[-1] > 0.7
+
+
+def test_a_trial_that_has_changed_is_read_again() -> None:
+    trials = study_of("GA", 40)
+    sampler = sampler_of("GA")
+    sampler.point(trials, 40)
+    trials[30] = trial_of(30, dict.fromkeys(LAYERS, 0.91), [5.0])
+    assert sampler.point(trials, 40) == sampler_of("GA").point(trials, 40)
+
+
+@pytest.mark.parametrize("name", PLAIN[:-1])
+def test_a_study_of_somebody_else_needs_no_ranges(name: str) -> None:
+    study = optuna.create_study(direction="minimize", sampler=SeededSampler(name=name, seed=3))
+
+    def objective(trial: optuna.Trial) -> float:
+        kind = trial.suggest_categorical("kind", ["a", "b"])
+        weights = [trial.suggest_float(f"layers.{n}", 0.0, 2.0) for n in range(3)]
+        rate = trial.suggest_float("rate", 1e-3, 1e-1, log=True)
+        return sum((w - 0.8) ** 2 for w in weights) + math.log10(rate / 0.01) ** 2 + 0.1 * (kind == "b")
+
+    study.optimize(objective, n_trials=60)
+    assert study.trials[0].params["layers.0"] == 1.0
+    assert study.trials[0].params["rate"] == pytest.approx(1e-2)
+    assert len({trial.params["kind"] for trial in study.trials}) == 2
+    assert study.best_value < 0.35
 
 
 @pytest.mark.parametrize(
