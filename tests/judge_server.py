@@ -155,7 +155,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         judge = self.server.judge
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        sent = self.rfile.read(int(self.headers["content-length"]))
+        if len(sent) < int(self.headers["content-length"]):  # whoever sent it was killed
+            self.close_connection = True
+            return
+        body = json.loads(sent)
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(self.path, headers, body, body["messages"][-1]["content"])
         fault, earlier = judge.count(request)

@@ -6,13 +6,11 @@ import contextlib
 import json
 import os
 import pty
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import optuna
@@ -213,34 +211,6 @@ def test_another_configuration_in_the_same_folder_is_refused(
     assert "optuna_seed was 42 and is 7, weight_max was 2.0 and is 1.5" in error
     assert error.count("\n") == 1
     assert (finished / "config.yaml").read_bytes() == before
-
-
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 11))])
-def test_a_run_that_is_killed_again_and_again_ends_like_one_that_is_not(
-    trio: Trio, finished: Path, tmp_path: Path, seed: int
-) -> None:
-    output = tmp_path / "killed"
-    command = [sys.executable, "-m", "tvmerge", *flags(trio, output)]
-    generator = random.Random(seed)
-    kills = 0
-    for _ in range(40):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
-        # Die somewhere in the first trials of this process, or in its start, or in what comes after the trials.
-        for _ in range(generator.randrange(6)):
-            process.stderr.readline()
-        time.sleep(generator.random() * 0.3)
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        process.stderr.close()
-        if process.returncode == 0 or ((output / "study.db").exists() and kills >= 3):
-            break
-    assert kills >= 1
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0
-    assert trials(output) == trials(finished)
-    assert best(output) == best(finished)
-    lines, expected = ((folder / "scores.jsonl").read_text().splitlines() for folder in (output, finished))
-    assert sorted(lines) == sorted(expected)
 
 
 #: Dies without a word at the n-th call of a function, in a run whose trials are all done.

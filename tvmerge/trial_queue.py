@@ -112,25 +112,28 @@ class TrialQueue:
         Returns:
             None if there is none left.
         """
-        for trial in self.trials(TrialState.RUNNING):
-            if trial.user_attrs.get("worker") != self._worker:
+        trials = self.trials()
+        for trial in trials:
+            if trial.state != TrialState.RUNNING or trial.user_attrs.get("worker") != self._worker:
                 continue
             if self._worker != MAIN:
                 hand_back(self._storage, trial, reason=f"{self._worker} has died")
             elif self._take(trial, TrialState.RUNNING):
                 return self._claimed(trial._trial_id, trial.number, trial.user_attrs["weights"])
-        while True:
-            for trial in self.trials(TrialState.WAITING):
-                if trial.number < n_trials and self._take(trial, TrialState.WAITING):
-                    return self._claimed(trial._trial_id, trial.number, trial.user_attrs["weights"])
             trials = self.trials()
+        while True:
+            for trial in trials:
+                is_open = trial.state == TrialState.WAITING and trial.number < n_trials
+                if is_open and self._take(trial, TrialState.WAITING):
+                    return self._claimed(trial._trial_id, trial.number, trial.user_attrs["weights"])
             number = len(trials)
             if number >= n_trials:
                 return None
             point = self._sampler.point(trials, number, stream=self._stream)
             new = self._create(point, number, TrialState.RUNNING, {"worker": self._worker})
-            if new is not None:  # else another worker was faster, and what it tries says more
+            if new is not None:
                 return self._claimed(new, number, point)
+            trials = self.trials()  # another worker was faster
 
     def _take(self, trial: FrozenTrial, was: TrialState) -> bool:
         """Take a trial that waits, or that a process before this one left, if nobody else does."""
