@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # No test may reach for the Hub; the one that tests it starts a server of its own.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +16,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import pytest
 import torch
+import yaml
 from judge_server import KEY, JudgeServer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
@@ -49,6 +52,14 @@ def last_target(command: list[str]) -> list[str]:
     for n in reversed(places[:-1]):
         del command[n : n + 2]
     return command
+
+
+def saved_lines(output: Path, split: str = "search") -> list[dict[str, Any]]:
+    """The lines of scores.jsonl on the model that is saved, by its recipe."""
+    number = yaml.safe_load((output / "best" / "recipe.yaml").read_text())["score"]["trial"]
+    wanted = {"model": "recommended" if number is None else "merge", "trial": number, "split": split}
+    lines = [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
+    return [line for line in lines if wanted.items() <= line.items()]
 
 
 def save_tokenizer(folder: Path, characters: str = CHARACTERS) -> None:

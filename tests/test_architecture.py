@@ -12,6 +12,7 @@ from conftest import ROOT
 #: The rooms, from the ones that know nothing to the ones that know all. A module imports from above itself only.
 ROOMS = [
     "errors",
+    "interrupt",
     "files",
     "state_dict",
     "kernels",

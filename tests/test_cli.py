@@ -65,7 +65,7 @@ def assert_refused(arguments: list[str], message: str, output: Path, capsys: pyt
         (["--batch_size", "many"], "--batch_size must be a whole number or auto, got 'many'"),
         (["--task_dir", "nowhere"], "--task_dir nowhere: no such folder"),
         (["--optimize_mode", "layers"], "unknown granularity 'layers', known are uniform, block:k, all"),
-        (["--optuna_sampler", "tpe"], "Got value: tpe"),
+        (["--optuna_sampler", "tpe"], "is unknown: choose TPE, CMA-ES"),
         (["--weight_min", "1", "--weight_max", "1"], "--weight_min must be less than --weight_max, got 1.0 and 1.0"),
         (["--weight_max", ".inf"], "--weight_max must be a number that float32 can hold"),
         (["--weight_min", "abc"], "Got value: abc"),

@@ -17,7 +17,7 @@ import optuna
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TASKS, Trio, last_target
+from conftest import ROOT, TASKS, Trio, last_target, saved_lines
 from optuna.storages import RDBStorage
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,18 +64,18 @@ def finished(trio: Trio, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_what_it_promises(trio: Trio, finished: Path) -> None:
-    assert {path.name for path in finished.iterdir()} - {".lock"} == {"best", "config.yaml", "scores.jsonl", "study.db"}
+    left = {path.name for path in finished.iterdir() if path.suffix != ".png"} - {".lock"}
+    assert left == {"best", "config.yaml", "report.html", "scores.jsonl", "study.db"}
+    assert (finished / "score_by_trial.png").is_file()
     assert len(trials(finished)) == N_TRIALS
     recipe = yaml.safe_load((finished / "best" / "recipe.yaml").read_text())
-    values = [value for _, _, value, _ in trials(finished) if value is not None]
-    assert recipe["score"]["search"] == max(values)
-    assert recipe["weights"] == trials(finished)[recipe["score"]["trial"]][1]
+    assert recipe["weights"].keys() == trials(finished)[0][1].keys()
     lines = [json.loads(line) for line in (finished / "scores.jsonl").read_text().splitlines()]
     for number, _, value, _ in trials(finished):
         scores = [
             QuestionScore(line["task"], line["question"], line["score"])
             for line in lines
-            if line["trial"] == number and line["split"] == "search"
+            if (line["model"], line["trial"], line["split"]) == ("merge", number, "search")
         ]
         assert len(scores) == 18
         assert mean_score(scores) == value
@@ -88,9 +88,7 @@ def test_a_run_leaves_what_it_promises(trio: Trio, finished: Path) -> None:
 def test_the_saved_model_scores_what_the_study_says(finished: Path) -> None:
     folder = finished / "best"
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
-    lines = [json.loads(line) for line in (finished / "scores.jsonl").read_text().splitlines()]
-    number = recipe["score"]["trial"]
-    mine = [line for line in lines if line["trial"] == number and line["split"] == "search"]
+    mine = saved_lines(finished)
     checkpoint = Checkpoint(resolve(str(folder)))
     evaluator = LmEvalEvaluator(
         tasks=load_tasks(["tiny_choice", "tiny_extract"], task_dir=TASKS),
@@ -149,7 +147,7 @@ def test_a_console_that_knows_no_plus_minus_does_not_end_a_run(trio: Trio, finis
     command = [sys.executable, "-m", "tvmerge", *flags(trio, finished)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode, "Traceback" in result.stderr) == (0, False)
-    assert "best is" in result.stdout
+    assert "recommended is" in result.stdout
 
 
 def test_fewer_trials_than_are_done_run_none(trio: Trio, finished: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CHARACTERS, TASKS, Trio, save_mistral, save_tokenizer
+from conftest import CHARACTERS, TASKS, Trio, save_mistral, save_tokenizer, saved_lines
 from safetensors.torch import load_file
 from test_lora import save_adapter
 from test_run import best, trials
@@ -51,6 +51,10 @@ def flags(target: Path, base: Path | None, tuned: Sequence[object], output: Path
     ]
 
 
+#: What is in best/ and is not part of the model.
+ABOUT = {"README.md", "weights.png"}
+
+
 def weights_of(output: Path) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = load_file(output / "best" / "model.safetensors")
     return tensors
@@ -65,15 +69,13 @@ def assert_its_recipe_rebuilds_it(output: Path) -> None:
     rebuilt = output.with_name(output.name + " rebuilt")
     assert main(["apply", str(output / "best" / "recipe.yaml"), "--output_dir", str(rebuilt)]) == 0
     found = {path.name: path.read_bytes() for path in rebuilt.iterdir()}
-    assert {**found, "README.md": b""} == {**best(output), "README.md": b""}
+    assert found == {name: content for name, content in best(output).items() if name not in ABOUT}
 
 
 def assert_it_scores_what_the_study_says(output: Path) -> None:
     """Score best/ as it loads from its folder, on the questions of the search."""
     recipe = recipe_of(output)
-    lines = [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
-    of_best = {"model": "merge", "trial": recipe["score"]["trial"], "split": "search"}
-    mine = [line for line in lines if of_best.items() <= line.items()]
+    mine = saved_lines(output)
     tasks = ("tiny_choice", "tiny_extract")
     questions = {task: [line["question"] for line in mine if line["task"] == task] for task in tasks}
     evaluator = LmEvalEvaluator(tasks=load_tasks(tasks, task_dir=TASKS), questions=questions)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import assert_refused
 from test_moe import save
 from test_run import best, trials
-from test_run_merges import assert_it_scores_what_the_study_says
+from test_run_merges import ABOUT, assert_it_scores_what_the_study_says
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tvmerge.checkpoint import Checkpoint
@@ -81,8 +81,8 @@ def test_a_run_leaves_a_mixture_that_loads_and_scores_as_the_study_says(finished
         expert = AutoModelForCausalLM.from_pretrained(finished / "best" / "experts" / f"expert{n}", dtype="auto")
         assert type(expert).__name__ == "MistralForCausalLM"
     # No trial left a model behind.
-    left = {path.name for path in finished.iterdir() if not path.name.startswith(".")}
-    assert left == {"best", "config.yaml", "router.npy", "scores.jsonl", "study.db"}
+    left = {path.name for path in finished.iterdir() if not path.name.startswith(".") and path.suffix != ".png"}
+    assert left == {"best", "config.yaml", "report.html", "router.npy", "scores.jsonl", "study.db"}
     card = (finished / "best" / "README.md").read_text(encoding="utf-8")
     assert yaml.safe_load(card.split("---")[1])["tags"] == ["merge", "moe", "tvmerge"]
     assert "Each of the 2 experts is" in card
@@ -108,7 +108,7 @@ def test_the_mixture_is_made_of_the_experts_that_are_saved_beside_it(finished: P
 
 def test_the_recipe_rebuilds_the_mixture_and_its_experts(finished: Path, tmp_path: Path) -> None:
     recipe = finished / "best" / "recipe.yaml"
-    expected = {name: content for name, content in tree(finished / "best").items() if name != "README.md"}
+    expected = {name: content for name, content in tree(finished / "best").items() if name not in ABOUT}
     assert main(["apply", str(recipe), "--output_dir", str(tmp_path / "all"), "--save_experts"]) == 0
     assert tree(tmp_path / "all") == expected
     # A router that was drawn is drawn again where its file is missing.
@@ -193,10 +193,8 @@ def test_every_setting_of_a_mixture_runs_and_is_rebuilt(trio: Trio, targets: lis
         assert_it_scores_what_the_study_says(output)
         rebuilt = tmp_path / f"{name} rebuilt"
         assert main(["apply", str(output / "best" / "recipe.yaml"), "--output_dir", str(rebuilt)]) == 0
-        assert {**best(rebuilt.parent / name), "README.md": b""} == {
-            **{path.name: path.read_bytes() for path in rebuilt.iterdir()},
-            "README.md": b"",
-        }
+        of_best = {file: content for file, content in best(rebuilt.parent / name).items() if file not in ABOUT}
+        assert of_best == {path.name: path.read_bytes() for path in rebuilt.iterdir()}
     names = {name: set(trials(tmp_path / name)[0][1]) for name in ("average", "shared", "uniform", "wide")}
     assert names["average"] == {f"expert{n}/uniform" for n in (1, 2, 3)}
     assert names["shared"] == {"embed_tokens", "layers.0", "layers.1", "lm_head", "norm"}
@@ -212,10 +210,10 @@ def test_the_table_compares_mixtures_with_the_best_expert_and_the_targets(
     said = capsys.readouterr().out
     heads = [cell.strip() for cell in said.splitlines()[1].split("|")[3:-1]]
     lines = lines_of(finished)
-    number = yaml.safe_load((finished / "best" / "recipe.yaml").read_text())["score"]["trial"]
     assert heads[:5] == ["target 1", "target 2", "tuned", "MoE at 0", "MoE at 1"]
-    assert heads[-1] == "best MoE"
-    assert heads[-2] in ("best expert (1)", "best expert (2)")
+    assert heads[-1] == "recommended"
+    expert = next(head for head in heads if head.startswith("best expert"))
+    assert expert in ("best expert (1)", "best expert (2)")
 
     def mean(model: str, trial: int | None, split: str) -> float:
         found = [x for x in lines if (x["model"], x["trial"], x["split"]) == (model, trial, split)]
@@ -227,21 +225,18 @@ def test_the_table_compares_mixtures_with_the_best_expert_and_the_targets(
     # The best expert was chosen by the questions of the search, and is proven on the others.
     tried = {(x["model"], x["trial"]) for x in lines if x["model"].startswith("expert")}
     assert {model for model, _ in tried} == {"expert1", "expert2"}
-    assert number in {trial for _, trial in tried}
-    chosen = f"expert{heads[-2][-2]}"
+    assert {trial for _, trial in tried} == {None}
+    chosen = f"expert{expert[-2]}"
     searched = {key: mean(*key, "search") for key in tried}
-    assert max(searched, key=lambda key: searched[key])[0] == chosen or searched[chosen, number] == max(
-        searched.values()
-    )
+    assert searched[chosen, None] == max(searched.values())
     row = next(line for line in said.splitlines() if "**mean**" in line)
     shown = dict(zip(heads, [cell.strip() for cell in row.split("|")[3:-1]], strict=True))
     for head, model in (("target 1", "target/1"), ("target 2", "target/2"), ("tuned", "tuned")):
         assert shown[head] == f"{mean(model, None, 'heldout'):.3f}"
-    assert shown["best MoE"] == f"{mean('merge', number, 'heldout'):.3f}"
-    heldout = [x for x in lines if x["model"] == chosen and x["split"] == "heldout"]
-    assert shown[heads[-2]] == f"{mean(chosen, heldout[0]['trial'], 'heldout'):.3f}"
-    assert "best MoE is " in said
-    assert "The best mixture is trial" in said
+    assert shown["recommended"] == f"{mean('recommended', None, 'heldout'):.3f}"
+    assert shown[expert] == f"{mean(chosen, None, 'heldout'):.3f}"
+    assert "recommended is " in said
+    assert "The saved mixture is recommended, of " in said
 
 
 def test_targets_in_a_mixture_score_as_they_do_alone(trio: Trio, targets: list[Path], tmp_path: Path) -> None:
@@ -553,7 +548,7 @@ def test_experts_of_other_tokenizers_are_united(
     rebuilt = tmp_path / "rebuilt"
     recipe = str(output / "best" / "recipe.yaml")
     assert main(["apply", recipe, "--output_dir", str(rebuilt), "--save_experts"]) == 0
-    assert {**tree(rebuilt), "README.md": b""} == {**tree(output / "best"), "README.md": b""}
+    assert tree(rebuilt) == {name: content for name, content in tree(output / "best").items() if name not in ABOUT}
     second = AutoTokenizer.from_pretrained(output / "best" / "experts" / "expert2")
     assert second.encode("終", add_special_tokens=False) == [3]
     assert main(flags(trio, models, output, *more)) == 0

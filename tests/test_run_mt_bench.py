@@ -74,7 +74,7 @@ def scores_of(output: Path) -> dict[str, list[QuestionScore]]:
     """Model, as FastChat's files call it, → its scores in scores.jsonl."""
     found: dict[str, list[QuestionScore]] = {}
     for line in lines(output / "scores.jsonl"):
-        name = "tuned" if line["trial"] is None else f"trial-{line['trial']:04d}"
+        name = line["model"] if line["trial"] is None else f"trial-{line['trial']:04d}"
         name += "-heldout" if line["split"] == "heldout" else ""
         score = QuestionScore(line["task"], line["question"], line["score"], line.get("turn", 1), line.get("choice", 0))
         found.setdefault(name, []).append(score)

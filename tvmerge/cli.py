@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from tvmerge.config import (
     WorkerConfig,
 )
 from tvmerge.errors import ConfigError, InputError, TaskError, TvmergeError
+from tvmerge.interrupt import listen
 
 __all__ = ["main"]
 
@@ -279,10 +279,7 @@ def entry() -> None:
 
     Everything is written and closed by now, and torch takes 0.3 seconds to take itself down.
     """
-    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C: what was begun is tidied away
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:  # nohup has it ignored
-            signal.signal(number, signal.default_int_handler)
+    listen()
     status = main()
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed before we began
         try:

@@ -11,6 +11,7 @@ from typing import Any
 from tvmerge.errors import CheckpointError, RecipeError, RunError, TvmergeError
 from tvmerge.evaluators import Evaluator, Goals, QuestionScore, TaskGoal, mean_score, task_scores
 from tvmerge.files import staged_directory, write_bytes, write_text
+from tvmerge.interrupt import check_interrupted
 from tvmerge.judging import trial_name
 from tvmerge.progress import RunProgress
 from tvmerge.rebuild import ROUTER_FILE, library_versions
@@ -71,11 +72,13 @@ class Proof:
 
     def _candidate(self, column: Column) -> Candidate:
         scores = self._scores(column, self._split)
-        search = self.known.get((column.model, column.trial, "search"), [])
+        # What is recommended was predicted, and no trial: how good it is on what the search saw is not known yet.
+        is_new = column.model == RECOMMENDED
+        seen = self._scores(column, "search") if is_new else self.known.get((column.model, column.trial, "search"), [])
         return Candidate(
             column.label,
             scores,
-            search=search,
+            search=seen,
             weights=column.weights,
             trial=column.trial,
             is_target=column.is_target,
@@ -99,6 +102,7 @@ class Proof:
         return measured
 
     def _measured(self, column: Column, evaluator: Evaluator, split: str) -> list[QuestionScore]:
+        check_interrupted()
         what = f"{split} {column.label}"
         name = _name(column) + ("" if self.scorer.questions.heldout is None or split == "search" else "-heldout")
         try:
@@ -203,10 +207,9 @@ class Proof:
     def _score_entry(self, best: Candidate) -> dict[str, Any]:
         """What a recipe says of its score."""
         goals = self.scorer.questions.goals
-        searched = {result.number: result.score for result in self.scorer.study.results()}
         return {
             "trial": best.trial,
-            **({} if best.trial is None else {"search": searched[best.trial]}),
+            "search": mean_score(best.search, goals),
             self._split: mean_score(best.scores, goals),
             f"{self._split}_tasks": _metrics(best.scores, goals),
         }

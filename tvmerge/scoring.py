@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from tvmerge.config import JglueConfig, MtBenchConfig, SearchConfig
 from tvmerge.errors import TrialTimeout
 from tvmerge.evaluators import AfterStage, Evaluator, Progress, Questions, Scored, ScoredModel
+from tvmerge.interrupt import check_interrupted
 from tvmerge.judging import open_judged, trial_name
 from tvmerge.models.transformers import TransformersModel
 from tvmerge.progress import RunProgress
@@ -159,6 +160,7 @@ class Scorer:
             RunError: a trial that must not be given up, or three in a row.
         """
         while True:
+            check_interrupted()
             claim = self.study.claim(n_trials())
             if claim is not None:
                 self._run(claim, progress)
