@@ -428,8 +428,8 @@ def test_the_judge_is_estimated_before_it_is_asked(
     assert main(["plan", *trio.flags(), *flags]) == 0
     *_, judge = tables(capsys.readouterr().out)
     found = {row["what"]: row["figure"] for row in judge}
-    # 14 questions in each of 10 trials, 6 held out for 5 models; half of them of two turns.
-    n = [7 * 10 + 3 * 5, 7 * 10 + 3 * 5]
+    # 14 questions in each of 10 trials and of what they recommend, 6 held out for 6 models; half of them of two turns.
+    n = [7 * 11 + 3 * 6, 7 * 11 + 3 * 6]
     assert found["questions"] == "14 in a trial, 6 held out"
     assert found["turns judged"] == "21 in a trial, 9 held out, 1 of each"
     assert found["judgments"].startswith(f"{2 * n[0] + n[1]} ")
@@ -442,7 +442,7 @@ def test_the_judge_is_estimated_before_it_is_asked(
     assert main(last_target(["plan", *trio.flags(), *experts, *flags])) == 0
     *_, judge = tables(capsys.readouterr().out)
     found = {row["what"]: row["figure"] for row in judge}
-    assert found["judgments"].startswith(f"{21 * (10 + 2) + 9 * (2 + 1 + 5)} ")
+    assert found["judgments"].startswith(f"{21 * (10 + 1 + 2) + 9 * (2 + 1 + 6)} ")
     assert main(["plan", *trio.flags(), *flags, "--judge_price_in", "1", "--judge_price_out", "2"]) == 0
     assert main(["plan", *trio.flags(), *flags[:6], "--judge_model", "openai:m"]) == 0
     assert "unknown: give --judge_price_in" in capsys.readouterr().out

@@ -264,12 +264,12 @@ def _cost_rows(
     from tvmerge.judges.estimate import ANSWER_TOKENS, JUDGE_TOKENS, Estimate, estimate
     from tvmerge.judging import prices_of
 
-    # The target, weight 1, the best uniform weight and the best; each tuned model. Of a mixture each target too, and
-    # the best of its experts, each of which is asked the questions of the search.
+    # The target, weight 1, the best uniform weight, the best trial and what is recommended, which is asked the questions
+    # of the search too; each tuned model. Of a mixture each target, and the best of its experts, all of which are.
     experts = len(config.target_models) if config.is_mixture else 0
     parents = len(config.tuned_models) + experts
-    merges = 4 + bool(experts)
-    parts = [(search, config.n_trials + experts), (heldout or search, parents + (merges if heldout else 0))]
+    merges = 5 + bool(experts)
+    parts = [(search, config.n_trials + 1 + experts), (heldout or search, parents + (merges if heldout else 0))]
 
     def both(answer_tokens: int, judge_tokens: int) -> Estimate:
         total = Estimate(0, 0, 0)
