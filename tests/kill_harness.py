@@ -89,7 +89,7 @@ class Processes:
             command = [sys.executable, "-c", TRACED, str(self.log), *arguments]
             with Path(f"{self.log}.errors").open("wb") as errors:
                 process = subprocess.Popen(command, cwd=ROOT, stdout=errors, stderr=errors)
-                if self._comes(moment, lambda seconds: process.poll() is not None or bool(time.sleep(seconds))):
+                if self._comes(moment, lambda seconds: _ends(process, seconds)):
                     process.send_signal(signal.SIGKILL)
                 return process.wait()
         parent = self._parent or self._start()
@@ -132,6 +132,14 @@ class Processes:
 
     def errors(self) -> str:
         return Path(f"{self.log}.errors").read_text()
+
+
+def _ends(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def study_of(output: Path) -> list[tuple[object, ...]]:
