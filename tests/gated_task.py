@@ -97,7 +97,8 @@ class Gated:
         whole.write_text(str(seconds))
         whole.rename(self.folder / "sleep")
 
-    def child_of(self, parent: int) -> int:
-        """The process of a parent that asked last."""
-        lines = (self.folder / "asked").read_text().splitlines()
-        return [int(line.split()[0]) for line in lines if int(line.split()[1]) == parent][-1]
+    def child_of(self, parent: int) -> int | None:
+        """The process of a parent that asked last; None if none has."""
+        asked = self.folder / "asked"
+        lines = [line.split() for line in asked.read_text().splitlines()] if asked.exists() else []
+        return next((int(child) for child, its in reversed(lines) if int(its) == parent), None)

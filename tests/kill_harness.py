@@ -89,7 +89,7 @@ class Processes:
             command = [sys.executable, "-c", TRACED, str(self.log), *arguments]
             with Path(f"{self.log}.errors").open("wb") as errors:
                 process = subprocess.Popen(command, cwd=ROOT, stdout=errors, stderr=errors)
-                if self._comes(moment, lambda seconds: _ended(process, seconds)):
+                if self._comes(moment, lambda seconds: _ends(process, seconds)):
                     process.send_signal(signal.SIGKILL)
                 return process.wait()
         parent = self._parent or self._start()
@@ -134,9 +134,12 @@ class Processes:
         return Path(f"{self.log}.errors").read_text()
 
 
-def _ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    time.sleep(seconds)
-    return process.poll() is not None
+def _ends(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def study_of(output: Path) -> list[tuple[object, ...]]:

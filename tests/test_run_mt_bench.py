@@ -149,51 +149,6 @@ def test_the_same_answers_are_never_judged_twice(trio: Trio, bench: Path, server
     assert len(server.requests) == n_requests + 1
 
 
-def kill_and_resume(
-    trio: Trio, bench: Path, server: JudgeServer, folder: Path, moments: list[tuple[int, float]]
-) -> tuple[Path, int]:
-    """A run that is killed so many judgments and seconds after it began each time, and then left alone."""
-    output = folder / "run"
-    command = [sys.executable, "-m", "tvmerge", *flags(trio, bench, output, server)]
-    for kills, (judgments, seconds) in enumerate([*moments, (1 << 30, 0.0)]):
-        before = len(server.requests)
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        while process.poll() is None and len(server.requests) < before + judgments:
-            time.sleep(0.002)
-        time.sleep(seconds)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-        _, errors = process.communicate()
-        if process.returncode == 0:
-            return output, kills
-        assert process.returncode == -signal.SIGKILL, errors
-    raise AssertionError("the run did not end")
-
-
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 8))])
-def test_a_killed_run_ends_as_one_that_was_not(
-    trio: Trio, bench: Path, server: JudgeServer, tmp_path: Path, seed: int
-) -> None:
-    server.delay = 0.02
-    (tmp_path / "straight").mkdir()
-    (tmp_path / "killed").mkdir()
-    straight, _ = kill_and_resume(trio, bench, server, tmp_path / "straight", [])
-    expected, before = everything(straight / "best"), dict(asked(server))
-    generator = random.Random(seed)
-    # There are some 250 judgments; the moments between them are for merging, writing and saving.
-    moments = [(generator.randint(2, 70), generator.uniform(0, 0.2)) for _ in range(3)]
-    killed, kills = kill_and_resume(trio, bench, server, tmp_path / "killed", moments)
-    assert kills == 3
-    assert everything(killed / "best") == expected
-    assert scores_of(killed) == scores_of(straight)
-    assert (killed / "scores.jsonl").read_bytes() == (straight / "scores.jsonl").read_bytes()
-    assert show_result(killed) == show_result(straight)
-    # Each folder has a cache of its own. Replies that were under way at a kill are the only ones that are lost.
-    again = {prompt: n - before[prompt] for prompt, n in asked(server).items()}
-    assert sum(n > 1 for n in again.values()) <= 8 * kills
-    assert max(again.values()) <= 1 + kills
-
-
 def test_what_a_kill_left_of_a_trial_does_not_count(
     trio: Trio, bench: Path, server: JudgeServer, tmp_path: Path
 ) -> None:

@@ -148,9 +148,11 @@ def test_on_one_machine_killed_workers_lose_nothing(trio: Trio, task: Gated, gro
     alone = group.start("alone", *join, "--restart", "false", "--name", "alone")
     parent = group.start("parent", *join, "--name", "restarted")
     group.wait_for(lambda: running(url).keys() == {"main", "alone", "restarted"})
-    before = running(url)
+    group.wait_for(lambda: task.child_of(parent.pid))
+    before, child = running(url), task.child_of(parent.pid)
+    assert child is not None
     alone.kill()
-    os.kill(task.child_of(parent.pid), signal.SIGKILL)
+    os.kill(child, signal.SIGKILL)
     group.wait_for(lambda: trials(url)[before["alone"]].state == TrialState.WAITING)
     group.wait_for(
         lambda: "restarted" in running(url) and trials(url)[running(url)["restarted"]].user_attrs.get("repeats")
@@ -302,7 +304,9 @@ def test_ctrl_c_to_the_parent_alone_hands_the_trial_back(trio: Trio, task: Gated
     group.wait_for(lambda: running(url))
     parent = group.start("worker", "worker", "--output_dir", str(output), "--device", "cpu", "--name", "w")
     group.wait_for(lambda: "w" in running(url))
+    group.wait_for(lambda: task.child_of(parent.pid))
     number, child = running(url)["w"], task.child_of(parent.pid)
+    assert child is not None
     parent.send_signal(signal.SIGINT)
     assert group.status("worker") == 130
     assert group.said("worker").count("tvmerge worker: interrupted; its trial is handed back") == 1
