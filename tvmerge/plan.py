@@ -265,7 +265,7 @@ def _cost_rows(
     from tvmerge.judging import prices_of
 
     # The target, weight 1, the best uniform weight, the best trial, and what is recommended, which is asked the
-    # questions of the search too; each tuned model. Of a mixture each target, and the best of its experts, which all are.
+    # questions of the search too; each tuned model. Of a mixture each target, and the best of its experts, too.
     experts = len(config.target_models) if config.is_mixture else 0
     parents = len(config.tuned_models) + experts
     merges = 5 + bool(experts)

@@ -28,14 +28,14 @@ _STYLE = """
   LIGHT }
 @media (prefers-color-scheme: dark) { :root { DARK } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
+body { margin: 0 auto; max-width: 66rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.55 var(--font); overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
 p, ul { margin: .6rem 0; } .status, figcaption, .note { color: var(--muted); } .note { font-size: .9rem; }
 .verdict { border-left: 4px solid var(--best); background: var(--stage); padding: .4rem 1rem; margin: 1rem 0; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--grid); vertical-align: top; }
+table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+th, td { padding: .3rem .55rem; text-align: right; border-bottom: 1px solid var(--grid); vertical-align: top; }
 th { color: var(--muted); font-weight: 600; white-space: nowrap; }
 th:first-child, td:first-child, .left { text-align: left; }
 td.left { overflow-wrap: anywhere; min-width: 12rem; }
