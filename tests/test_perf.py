@@ -13,7 +13,9 @@ import pytest
 import yaml
 from conftest import ROOT
 
-SCRIPTS = [ROOT / "perf" / name for name in ("merge.py", "jglue.py", "generation.py", "mixture.py", "search.py")]
+SCRIPTS = [
+    ROOT / "perf" / name for name in ("merge.py", "jglue.py", "generation.py", "mixture.py", "search.py", "study.py")
+]
 
 
 def load(path: Path) -> ModuleType:
@@ -103,9 +105,15 @@ def test_searches_are_measured_on_every_landscape(capsys: pytest.CaptureFixture[
     assert all(ms > 0 for ms in perf_search.draw_times(35, 20, rounds=1).values())
 
 
+def test_what_a_study_costs_is_measured() -> None:
+    found = load(SCRIPTS[5]).measure(3, n_trials=9, rounds=2, sampler="RSM")
+    assert all(ms > 0 for ms in found.values())
+    assert found["trial"] > found["weights"]
+
+
 @pytest.mark.parametrize(
     ("script", "flag"),
-    list(zip(SCRIPTS, ("--mergekit", "--n_questions", "--n_prompts", "--rounds", "--seeds"), strict=True)),
+    list(zip(SCRIPTS, ("--mergekit", "--n_questions", "--n_prompts", "--rounds", "--seeds", "--storage"), strict=True)),
 )
 def test_help_says_what_can_be_measured(script: Path, flag: str) -> None:
     done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True)
