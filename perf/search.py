@@ -17,6 +17,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -32,7 +33,7 @@ from optuna.trial import FrozenTrial, create_trial
 from tvmerge.samplers import SAMPLERS, PointSampler, recommend
 from tvmerge.search import BASELINES, uniform_weights
 
-__all__ = ["LANDSCAPES", "SEARCHES", "Found", "Landscape", "Search", "Shape", "search"]
+__all__ = ["LANDSCAPES", "SEARCHES", "Found", "Landscape", "Search", "Searched", "Shape", "search"]
 
 Floats = npt.NDArray[np.float64]
 TRUE_QUESTIONS = 1500
@@ -65,6 +66,21 @@ LANDSCAPES: Mapping[str, Shape] = {
 }
 
 
+class Searched(Protocol):
+    """What a search is measured on."""
+
+    names: Sequence[str]  # of the weights, as granularity.py calls them
+
+    def trial(self, w: Floats) -> float:
+        """The score of one trial at weights `(d,)`."""
+
+    def truth(self, w: Floats) -> float:
+        """The true score there."""
+
+    def best_uniform(self) -> float:
+        """The true score of the truly best uniform weight."""
+
+
 class Landscape:
     """A hidden best point and questions around it.
 
@@ -74,6 +90,7 @@ class Landscape:
 
     def __init__(self, shape: Shape, *, seed: int) -> None:
         self.shape = shape
+        self.names: Sequence[str] = weight_names(shape)
         rng = np.random.default_rng([20, seed])
         self.d = shape.layers * shape.kinds
         self.best = self._profile(rng)
@@ -145,6 +162,10 @@ class Landscape:
         """The true share of right answers."""
         return float(self._probabilities(w, self.true_difficulty, self.true_taste).mean())
 
+    def best_uniform(self) -> float:
+        """The true score of the best uniform weight of a fine grid."""
+        return max(self.truth(np.full(self.d, weight)) for weight in np.linspace(0, 2, 41))
+
 
 @dataclass(frozen=True)
 class Search:
@@ -168,6 +189,7 @@ class Found:
     """True scores after a number of trials."""
 
     recommended: float
+    observed: float  # of the best observed trial
     uniform: float  # of the truly best uniform weight
     claimed: float  # what the best observed trial scored
     seconds: float  # of a trial of the search, but for its score
@@ -209,18 +231,18 @@ def chooser(way: Search, ranges: Mapping[str, FloatDistribution], *, seed: int) 
     )
 
 
-def search(landscape: Landscape, way: Search, *, seed: int, marks: Sequence[int]) -> list[Found]:
+def search(landscape: Searched, way: Search, *, seed: int, marks: Sequence[int]) -> list[Found]:
     """Run a study and say what it would recommend at each of `marks`."""
-    ranges = dict.fromkeys(weight_names(landscape.shape), FloatDistribution(0.0, 2.0))
+    ranges = dict.fromkeys(landscape.names, FloatDistribution(0.0, 2.0))
     choose, n_first = chooser(way, ranges, seed=seed)
-    best_uniform = max(landscape.truth(np.full(landscape.d, weight)) for weight in np.linspace(0, 2, 41))
+    best_uniform = landscape.best_uniform()
     found, spent = [], 0.0
     trials: list[FrozenTrial] = []
     for number in range(max(marks)):
         started = time.perf_counter()
         weights = choose(trials)
         spent += time.perf_counter() - started
-        trials.append(scored(number, weights, landscape.trial(np.array(list(weights.values())))))
+        trials.append(scored(number, weights, landscape.trial(_array(weights))))
         if number + 1 not in marks:
             continue
         claimed = max(trials, key=lambda trial: trial.value or 0.0)
@@ -229,9 +251,13 @@ def search(landscape: Landscape, way: Search, *, seed: int, marks: Sequence[int]
             best = recommend(trials, ranges, n_first=n_first)
             assert best is not None, "trials were scored"
             point = best.point
-        truth = landscape.truth(np.array(list(point.values())))
-        found.append(Found(truth, best_uniform, claimed.value or 0.0, spent / (number + 1)))
+        recommended, observed = (landscape.truth(_array(each)) for each in (point, claimed.user_attrs["weights"]))
+        found.append(Found(recommended, observed, best_uniform, claimed.value or 0.0, spent / (number + 1)))
     return found
+
+
+def _array(point: Mapping[str, float]) -> Floats:
+    return np.array(list(point.values()))
 
 
 def compare(

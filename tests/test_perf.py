@@ -9,20 +9,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT
 
-SCRIPTS = [
-    ROOT / "perf" / name
-    for name in ("merge.py", "jglue.py", "generation.py", "mixture.py", "search.py", "mergekit.py", "pruning.py")
-]
+#: And a flag of each.
+SCRIPTS = {
+    "merge": "--mergekit",
+    "jglue": "--n_questions",
+    "generation": "--n_prompts",
+    "mixture": "--rounds",
+    "search": "--seeds",
+    "search_embedded": "--granularity",
+    "mergekit": "--only",
+    "pruning": "--trials",
+    "study": "--trials",
+}
+PERF = ROOT / "perf"
 
-FLAGS = ("--mergekit", "--n_questions", "--n_prompts", "--rounds", "--seeds", "--only", "--trials")
 
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"perf_{path.stem}", path)
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"perf_{name}", PERF / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -33,9 +41,9 @@ def load(path: Path) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def perf() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(SCRIPTS[0].parent))
-    yield load(SCRIPTS[0])
-    sys.path.remove(str(SCRIPTS[0].parent))
+    sys.path.insert(0, str(PERF))
+    yield load("merge")
+    sys.path.remove(str(PERF))
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +67,13 @@ def test_memory_is_measured(perf: ModuleType, models: Path, what: str) -> None:
 
 
 def test_the_overhead_of_a_trial_is_measured() -> None:
-    found = load(SCRIPTS[1]).overhead(n_questions=5, rounds=1)
+    found = load("jglue").overhead(n_questions=5, rounds=1)
     assert all(value > 0 for value in found.values())
     assert found["trial"] > found["forward"]
 
 
 def test_what_shared_prompts_save_is_measured_and_no_answer_differs(tmp_path: Path) -> None:
-    jglue = load(SCRIPTS[1])
+    jglue = load("jglue")
     tasks = jglue.load_tasks(["made_up_True"], task_dir=jglue.made_up_task(tmp_path, n_questions=6, same=True))
     model = jglue.live(jglue.wide_model(tmp_path / "wide", hidden=64, layers=2, vocabulary=400))
     found = jglue.sharing(model, tasks, n_questions=6, rounds=1)
@@ -77,7 +85,7 @@ def test_what_shared_prompts_save_is_measured_and_no_answer_differs(tmp_path: Pa
 
 @pytest.mark.usefixtures("perf")
 def test_answers_in_batches_are_measured_and_none_differs() -> None:
-    generation = load(SCRIPTS[2])
+    generation = load("generation")
     model = generation.live(generation.MODELS / "tuned", "float32")
     prompts = [*generation.questions(8), *generation.continuations(4)]
     assert len(set(prompts)) == 12
@@ -88,14 +96,14 @@ def test_answers_in_batches_are_measured_and_none_differs() -> None:
 
 @pytest.mark.usefixtures("perf")
 def test_a_trial_of_a_mixture_is_measured(models: Path) -> None:
-    mixture = load(SCRIPTS[3])
+    mixture = load("mixture")
     assert all(ms > 0 for ms in mixture.time_trial(models, rounds=1).values())
     assert all(ms > 0 for ms in mixture.construction(layers=2, n_experts=2, rounds=1).values())
 
 
 @pytest.mark.usefixtures("perf")
 def test_searches_are_measured_on_every_landscape(capsys: pytest.CaptureFixture[str]) -> None:
-    perf_search = load(SCRIPTS[4])
+    perf_search = load("search")
     for name, shape in perf_search.LANDSCAPES.items():
         landscape = perf_search.Landscape(shape, seed=0)
         uniform = max(landscape.truth(landscape.best * 0 + weight) for weight in (0.4, 0.7, 1.0, 1.3))
@@ -105,13 +113,33 @@ def test_searches_are_measured_on_every_landscape(capsys: pytest.CaptureFixture[
     assert all(0.3 < each.recommended < 0.8 for at_marks in found.values() for runs in at_marks for each in runs)
     perf_search.print_landscape("A", found, marks=[9, 12])
     assert "| RSM | 0." in capsys.readouterr().out
-    assert all(ms > 0 for ms in perf_search.draw_times(35, 20, rounds=1).values())
+    assert perf_search.draw_times("RSM", 35, 20, rounds=1) > 0
+
+
+@pytest.mark.usefixtures("perf")
+def test_searches_are_measured_on_the_demo_with_fresh_questions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embedded = load("search_embedded")
+    tasks = embedded.draw_tasks(tmp_path / "tasks", seed=0, n_questions=20)
+    asked = embedded.Asked(tasks, n_true=10, n_search=5)
+    models = embedded.Models(asked, granularity="uniform")
+    assert models.truth(np.array([0.6])) == models.score(np.array([0.6]), asked.truth())
+    assert models.best_uniform >= models.truth(np.array([0.6]))
+    questions = [asked.search(seed) for seed in range(2)]
+    assert asked.truth().n_questions == 40
+    assert questions[0].n_questions == 20
+    assert len({each.fingerprint for each in (*questions, asked.truth())}) == 3
+    found = embedded.search(embedded.Embedded(models, questions[0]), embedded.SEARCHES["RSM"], seed=0, marks=[8, 9])
+    assert all(0 < each.observed <= 1 and each.uniform == models.best_uniform for each in found)
+    embedded.print_found("RSM", [[each] for each in found], marks=[8, 9])
+    assert "| RSM, recommended | 0." in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("perf")
 @pytest.mark.parametrize("pruner", ["none", "halving", "wilcoxon"])
 def test_early_stopping_is_measured(pruner: str) -> None:
-    pruning = load(SCRIPTS[5])
+    pruning = load("pruning")
     landscape = pruning.Landscape(pruning.LANDSCAPES["A"], seed=0)
     (found,) = pruning.search_pruned(landscape, sampler="CMA-ES", pruner=pruner, seed=0, marks=[16])
     assert 0.3 < found.recommended < 0.8
@@ -120,17 +148,17 @@ def test_early_stopping_is_measured(pruner: str) -> None:
     assert (found.share == 1) is (pruner == "none")
 
 
-@pytest.mark.parametrize(
-    ("script", "flag"),
-    list(zip(SCRIPTS, FLAGS, strict=True)),
-)
-def test_help_says_what_can_be_measured(script: Path, flag: str) -> None:
-    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize(("script", "flag"), SCRIPTS.items())
+def test_help_says_what_can_be_measured(script: str, flag: str) -> None:
+    assert {path.stem for path in PERF.glob("*.py")} == {*SCRIPTS, "models"}, "each is run here"
+    done = subprocess.run(
+        [sys.executable, str(PERF / f"{script}.py"), "--help"], capture_output=True, text=True, check=True
+    )
     assert flag in done.stdout
 
 
 def test_every_merge_that_is_compared_with_mergekit_can_be_exported(perf: ModuleType, tmp_path: Path) -> None:
-    script = load(SCRIPTS[5])
+    script = load("mergekit")
     exported = set()
     for n, case in enumerate(script.cases(tmp_path)):
         if case.models != script.DEMO and case.settings:
