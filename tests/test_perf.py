@@ -148,6 +148,13 @@ def test_early_stopping_is_measured(pruner: str) -> None:
     assert (found.share == 1) is (pruner == "none")
 
 
+@pytest.mark.usefixtures("perf")
+def test_what_a_study_costs_is_measured() -> None:
+    found = load("study").measure(3, n_trials=9, rounds=2, sampler="RSM")
+    assert all(ms > 0 for ms in found.values())
+    assert found["trial"] > found["weights"]
+
+
 @pytest.mark.parametrize(("script", "flag"), SCRIPTS.items())
 def test_help_says_what_can_be_measured(script: str, flag: str) -> None:
     assert {path.stem for path in PERF.glob("*.py")} == {*SCRIPTS, "models"}, "each is run here"
