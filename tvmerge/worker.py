@@ -24,7 +24,16 @@ from tvmerge.files import local_path
 from tvmerge.models.device import choose_device
 from tvmerge.progress import RunProgress
 from tvmerge.scoring import Scorer, open_questions, open_space, study_plan
-from tvmerge.storage import STORAGE_ERRORS, STUDY_FILE, file_url, only_study, open_storage, reason_of, shown_url, whole_url
+from tvmerge.storage import (
+    STORAGE_ERRORS,
+    STUDY_FILE,
+    file_url,
+    only_study,
+    open_storage,
+    reason_of,
+    shown_url,
+    whole_url,
+)
 from tvmerge.study import MergeStudy
 
 __all__ = ["work"]
