@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from tvmerge.cli import main
 from tvmerge.evaluators import QuestionScore
 from tvmerge.proof import choose
 from tvmerge.results import Candidate
+from tvmerge.samplers import Recommendation
+from tvmerge.study import MergeStudy
 
 
 class Centre(RandomSampler):
@@ -70,6 +73,24 @@ def test_what_is_recommended_is_scored_on_the_held_out_questions_and_saved(
     assert again["weights"] != recipe["weights"]
     lines = [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
     assert 9.0 not in [line["score"] for line in lines]
+
+
+def test_a_trial_that_is_recommended_is_saved_and_not_the_best_observed_one(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recommended(study: MergeStudy) -> Recommendation:
+        """As happens if the surface's top is the best uniform weight, while a lucky trial scored higher."""
+        other = next(result for result in study.results() if result.number not in (0, 1, study.best().number))
+        return Recommendation(other.weights, "surface", None, None)
+
+    monkeypatch.setattr(MergeStudy, "recommended", recommended)
+    output = tmp_path / "out"
+    assert main(flags(trio, output, "--n_trials", "5")) == 0
+    recipe = yaml.safe_load((output / "best" / "recipe.yaml").read_text())
+    printed = re.search(r"The saved merge is recommended \(trial (\d)\), of 5 trials", capsys.readouterr().out)
+    assert printed is not None
+    assert recipe["score"]["trial"] == int(printed[1])
+    assert recipe["weights"] == trials(output)[int(printed[1])][1]
 
 
 @pytest.mark.parametrize("sampler", ["sep-CMA-ES", "GA", "QMC", "random", "GP", "test_run_search:Centre"])

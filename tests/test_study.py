@@ -14,6 +14,7 @@ from optuna.distributions import FloatDistribution
 
 from tvmerge.errors import RunError, StudyError
 from tvmerge.evaluators import QuestionScore, Scored
+from tvmerge.storage import shown_url
 from tvmerge.study import MergeStudy
 from tvmerge.trial_queue import StudyPlan
 
@@ -248,3 +249,17 @@ def test_optuna_and_its_dashboard_read_the_study(tmp_path: Path) -> None:
     assert study.trials[0].user_attrs["task_scores"] == {"a": pytest.approx(study.trials[0].value)}
     storage.remove_session()
     storage.engine.dispose()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql+psycopg://me:secret@host/runs?sslmode=require",
+        "postgresql+psycopg://host/runs?user=me&password=secret&sslmode=require&sslpassword=secret",
+    ],
+)
+def test_an_address_is_shown_without_any_password(url: str) -> None:
+    shown = shown_url(url)
+    assert "secret" not in shown
+    assert "host/runs" in shown
+    assert "sslmode=require" in shown

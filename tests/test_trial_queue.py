@@ -200,3 +200,13 @@ def test_a_trial_that_is_released_waits_for_another_worker(worker: Callable[...,
     assert other.claim() == claim
     one.queue.release()
     assert one.trial(0).state == TrialState.RUNNING, "it is another worker's"
+
+
+def test_a_baseline_is_begun_again_whatever_killed_its_workers(worker: Callable[..., Worker]) -> None:
+    # No table can be made without it, so that a study in which it has failed is lost.
+    worker(MAIN, first=[0.0]).queue.begin()
+    for n in range(MAX_REPEATS + 2):
+        victim = worker(f"w{n}", first=[0.0])
+        assert victim.claim().number == 0
+        assert hand_back(victim.storage, victim.trial(0), reason=f"w{n} has died")
+    assert victim.trial(0).state == TrialState.WAITING

@@ -345,3 +345,14 @@ def test_a_trial_that_is_too_slow_fails_and_one_that_hangs_ends_the_process(
     assert [t.number for t in found if t.state == TrialState.FAIL] == [5, 6]
     assert found[6].user_attrs["failure"] == "it took over 10 s and hung"
     assert len(found) == N_TRIALS
+
+
+def test_a_worker_finds_its_study_from_any_folder_and_has_batches_of_its_own(
+    small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The study remembers the folder that its search was started in, and a worker goes there.
+    for folder, place in ((small.parent, ["--output_dir", small.name]), (small, ["--storage", "sqlite:///study.db"])):
+        monkeypatch.chdir(folder)
+        capsys.readouterr()
+        worker = ["worker", "--restart", "false", "--device", "cpu", "--batch_size", "3", "--name", "w", *place]
+        assert main(worker) == 0, capsys.readouterr().err

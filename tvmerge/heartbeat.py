@@ -20,6 +20,7 @@ from contextlib import suppress
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
+from tvmerge.search import BASELINES
 from tvmerge.storage import STORAGE_ERRORS
 from tvmerge.trial_table import change_trial
 
@@ -124,6 +125,8 @@ class Heartbeat:
 def hand_back(storage: RDBStorage, trial: FrozenTrial, *, reason: str) -> bool:
     """Have a trial run again, or fail it if it was run again MAX_REPEATS times.
 
+    A baseline never fails: no study can do without it.
+
     Args:
         storage: of the study.
         trial: that runs, as it was seen; one that has left another sign since then stays as it is.
@@ -134,7 +137,8 @@ def hand_back(storage: RDBStorage, trial: FrozenTrial, *, reason: str) -> bool:
     """
     repeats = int(trial.user_attrs.get("repeats", 0))
     seen = {key: trial.user_attrs.get(key) for key in ("worker", "beat")}
-    if repeats >= MAX_REPEATS:
+    is_baseline = trial.user_attrs.get("given") and trial.number < len(BASELINES)
+    if repeats >= MAX_REPEATS and not is_baseline:
         failure = {"failure": f"it was begun {repeats + 1} times and never ended: {reason}"}
         change_trial(storage, trial._trial_id, TrialState.FAIL, having=seen, attributes=failure)
         return False

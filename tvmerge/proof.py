@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from tvmerge.report.pictures import weights_picture
 from tvmerge.report.sources import read_cards
 from tvmerge.report.tables import score_table, verdict
 from tvmerge.results import Candidate, Results
-from tvmerge.samplers import Recommendation
 from tvmerge.scoring import Scorer, uniform_points
 from tvmerge.search import paired_gain
 from tvmerge.spaces import RECOMMENDED, Column, Proven, Space
@@ -53,22 +52,15 @@ class Proof:
 
     def prove(self) -> list[Candidate]:
         """Score all models of the table on the held-out questions; what was scored before is not again."""
-        recommendation = self._recommended()
-        # What was scored of another recommendation says nothing of this one.
-        weights = None if recommendation is None else dict(recommendation.point)
         study = self.scorer.study
-        if study.recall("recommended") != weights:
+        found = study.recommended()
+        point = study.best().weights if found is None else found.point
+        # What was scored of another recommendation, or of an expert of it, says nothing of this one.
+        if study.recall("recommended") != dict(point):
             study.scores.keep(lambda line: not line["model"].startswith(OF_RECOMMENDED))
-            study.remember("recommended", weights)
+            study.remember("recommended", dict(point))
         self.known.update(study.scores.by_model())
-        columns = self._columns(recommendation)
-        return [self._candidate(column) for column in columns]
-
-    def _recommended(self) -> Recommendation | None:
-        """What is recommended, if it is no trial's model."""
-        found = self.scorer.study.recommended()
-        tried = [result.weights for result in self.scorer.study.results()]
-        return None if found is None or dict(found.point) in tried else found
+        return [self._candidate(column) for column in self._columns(point)]
 
     def _candidate(self, column: Column) -> Candidate:
         scores = self._scores(column, self._split)
@@ -113,8 +105,8 @@ class Proof:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise RunError(f"{what}: {reason}; the same command goes on") from error
 
-    def _columns(self, recommendation: Recommendation | None) -> list[Column]:
-        """The models of the table, in order."""
+    def _columns(self, point: Mapping[str, float]) -> list[Column]:
+        """The models of the table, in order; `point` is recommended."""
         study, space = self.scorer.study, self.scorer.space
         results = {result.number: result for result in study.results()}
         uniform = [results[n] for n in range(study.n_first) if n in results]
@@ -125,10 +117,11 @@ class Proof:
             best_uniform=best_uniform,
             uniform_weight=uniform_points(self.scorer.config)[best_uniform.number],
             best=study.best(),
-            recommended=None if recommendation is None else recommendation.point,
+            recommended=point,
+            tried=next((result for result in study.results() if dict(result.weights) == dict(point)), None),
         )
         # The best part is chosen by what the search has seen, as the whole was.
-        singles = space.singles(proven.point)
+        singles = space.singles(point)
         goals = self.scorer.questions.goals
         searched = [mean_score(self._scores(each, "search"), goals) for each in singles]
         known = [n for n, score in enumerate(searched) if score is not None]

@@ -12,6 +12,7 @@ from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.util import immutabledict
 
 from tvmerge.errors import ConfigError, StudyError
 
@@ -26,6 +27,7 @@ __all__ = [
     "open_storage",
     "reason_of",
     "shown_url",
+    "whole_url",
 ]
 
 #: What the storage of a study raises, on a full disk for one.
@@ -48,8 +50,23 @@ def shown_url(url: str) -> str:
     Raises:
         ConfigError: it is no address.
     """
+    parsed = _parsed(url)
+    # Drivers take passwords behind the "?" too, as `password`, `sslpassword` or `passwd`.
+    public = {key: value for key, value in parsed.query.items() if "pass" not in key.lower()}
     # `set` takes None for "as it is".
-    return _parsed(url)._replace(password=None).render_as_string()
+    return parsed._replace(password=None, query=immutabledict(public)).render_as_string()
+
+
+def whole_url(url: str) -> str:
+    """An address that means the same in every folder.
+
+    Raises:
+        ConfigError: it is no address.
+    """
+    parsed = _parsed(url)
+    if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database.startswith((":", "file:")):
+        return url
+    return parsed.set(database=str(Path(parsed.database).absolute())).render_as_string(hide_password=False)
 
 
 def _parsed(url: str) -> URL:

@@ -24,7 +24,16 @@ from tvmerge.files import local_path
 from tvmerge.models.device import choose_device
 from tvmerge.progress import RunProgress
 from tvmerge.scoring import Scorer, open_questions, open_space, study_plan
-from tvmerge.storage import STORAGE_ERRORS, STUDY_FILE, file_url, only_study, open_storage, reason_of, shown_url
+from tvmerge.storage import (
+    STORAGE_ERRORS,
+    STUDY_FILE,
+    file_url,
+    only_study,
+    open_storage,
+    reason_of,
+    shown_url,
+    whole_url,
+)
 from tvmerge.study import MergeStudy
 
 __all__ = ["work"]
@@ -40,7 +49,8 @@ class Joined:
 
     url: str
     name: str
-    config: SearchConfig  # of the run, with this worker's own device
+    of_run: SearchConfig  # by which the study is known
+    config: SearchConfig  # the same with this worker's own device and size of batches
     output: Path  # folder for what is written here
 
 
@@ -62,7 +72,7 @@ def work(config: WorkerConfig) -> None:
         questions = ask(space.tokenizer())
         study = MergeStudy(
             output_dir=None,
-            plan=study_plan(joined.config, space=space, questions=questions, device=device),
+            plan=study_plan(joined.of_run, space=space, questions=questions, device=device),
             storage=joined.url,
             name=joined.name,
             worker=name,
@@ -95,12 +105,14 @@ def _join(config: WorkerConfig) -> Joined:
     Raises:
         StudyError: it is not there, or not begun.
     """
-    folder = None if config.output_dir is None else local_path(config.output_dir, flag="--output_dir")
+    # Whole paths, as it works in another folder soon.
+    folder = None if config.output_dir is None else local_path(config.output_dir, flag="--output_dir").absolute()
     if config.storage is None:
         assert folder is not None, "one of them is given"
         if not (folder / STUDY_FILE).exists():
             raise StudyError(f"{folder}: holds no study, start the search first, or name its database by --storage")
-    url = config.storage or file_url(Path(str(folder)) / STUDY_FILE)
+    url = whole_url(config.storage) if config.storage else file_url(Path(str(folder)) / STUDY_FILE)
+    cache = None if config.cache_dir is None else local_path(config.cache_dir, flag="--cache_dir").absolute()
     shown = str(folder) if config.storage is None else shown_url(url)
     storage = open_storage(url)
     try:
@@ -117,8 +129,9 @@ def _join(config: WorkerConfig) -> Joined:
     known = {each.name for each in fields(settings)}
     of_run = settings(**{key: value for key, value in found["config"].items() if key in known})
     own: dict[str, Any] = {"device": config.device}
-    own |= {key: value for key in ("batch_size", "cache_dir") if (value := getattr(config, key)) is not None}
-    return Joined(url, name, replace(of_run, **own), folder or Path(found["output"]))
+    own |= {} if config.batch_size is None else {"batch_size": config.batch_size}
+    own |= {} if config.cache_dir is None else {"cache_dir": str(cache)}
+    return Joined(url, name, of_run, replace(of_run, **own), folder or Path(found["output"]))
 
 
 def _wait_for(storage: RDBStorage, name: str, shown: str) -> Mapping[str, Any]:

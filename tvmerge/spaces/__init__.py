@@ -48,12 +48,8 @@ class Proven:
     best_uniform: TrialResult
     uniform_weight: float  # of best_uniform
     best: TrialResult  # the one of the highest score
-    recommended: Mapping[str, float] | None  # None: it is the point of the best trial
-
-    @property
-    def point(self) -> Mapping[str, float]:
-        """The one that is recommended."""
-        return self.best.weights if self.recommended is None else self.recommended
+    recommended: Mapping[str, float]
+    tried: TrialResult | None = None  # the trial that is of the recommended point, if one is
 
 
 class Space(ABC):
@@ -108,10 +104,6 @@ class Space(ABC):
     def singles(self, point: Mapping[str, float]) -> list[Column]:
         """Parts of the model at a point that could do as well alone."""
         return []
-
-    @abstractmethod
-    def nothing_gained(self) -> str:
-        """What is to be said if no trial scored higher than the first."""
 
     def explanation(self) -> str:
         """What is to be said of the table."""
@@ -190,14 +182,16 @@ class Space(ABC):
 
     def best_columns(self, proven: Proven) -> list[Column]:
         """The best trial, and what is recommended if it is another model."""
-        best = self.trial_column(f"best trial ({proven.best.number})", proven.best)
-        if proven.recommended is None:
+        best, tried = self.trial_column(f"best trial ({proven.best.number})", proven.best), proven.tried
+        if tried is not None and tried.number == proven.best.number:
             return [best]
         again = proven.best.number == proven.best_uniform.number  # which is in the table already
-        return [
-            *([] if again else [best]),
-            Column("recommended", RECOMMENDED, None, self.at(proven.recommended), proven.recommended),
-        ]
+        recommended = (
+            Column("recommended", RECOMMENDED, None, self.at(proven.recommended), proven.recommended)
+            if tried is None
+            else self.trial_column(f"recommended (trial {tried.number})", tried)
+        )
+        return [*([] if again else [best]), recommended]
 
 
 def _weights(model: Header) -> str:

@@ -73,10 +73,6 @@ class DenseSpace(Space):
             *self.best_columns(proven),
         ]
 
-    def nothing_gained(self) -> str:
-        """The target is the best."""
-        return "Nothing that was tried scored higher than the target: the best merge is the target itself."
-
     def recipe(self, weights: Mapping[str, float], **more: Any) -> Recipe:
         """Sources, grouping and weights."""
         return self._recipe(weights, **more)

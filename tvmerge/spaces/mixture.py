@@ -189,10 +189,6 @@ class MixtureSpace(Space):
             *self.best_columns(proven),
         ]
 
-    def nothing_gained(self) -> str:
-        """The mixture of the targets is the best."""
-        return "Nothing that was tried scored higher than the mixture of the targets as they are."
-
     def explanation(self) -> str:
         """The best expert is no dense search."""
         return (
