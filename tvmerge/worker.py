@@ -24,7 +24,16 @@ from tvmerge.files import local_path
 from tvmerge.models.device import choose_device
 from tvmerge.progress import RunProgress
 from tvmerge.scoring import Scorer, open_questions, open_space, study_plan
-from tvmerge.storage import STORAGE_ERRORS, STUDY_FILE, file_url, only_study, open_storage, reason_of, shown_url
+from tvmerge.storage import (
+    STORAGE_ERRORS,
+    STUDY_FILE,
+    absolute_url,
+    file_url,
+    only_study,
+    open_storage,
+    reason_of,
+    shown_url,
+)
 from tvmerge.study import MergeStudy
 
 __all__ = ["work"]
@@ -95,14 +104,15 @@ def _join(config: WorkerConfig) -> Joined:
     Raises:
         StudyError: it is not there, or not begun.
     """
-    folder = None if config.output_dir is None else local_path(config.output_dir, flag="--output_dir")
+    # What is found is a working folder too, in which the names given here would mean something else.
+    folder = None if config.output_dir is None else local_path(config.output_dir, flag="--output_dir").absolute()
     if config.storage is None:
         assert folder is not None, "one of them is given"
         if not (folder / STUDY_FILE).exists():
             raise StudyError(f"{folder}: holds no study, start the search first, or name its database by --storage")
-    url = config.storage or file_url(Path(str(folder)) / STUDY_FILE)
+    url = absolute_url(config.storage or file_url(Path(str(folder)) / STUDY_FILE))
     shown = str(folder) if config.storage is None else shown_url(url)
-    storage = open_storage(url)
+    storage = open_storage(url, make=False)
     try:
         name = config.study_name or only_study(storage, shown=shown)
         found = _wait_for(storage, name, shown)
@@ -111,13 +121,14 @@ def _join(config: WorkerConfig) -> Joined:
     finally:
         storage.remove_session()
         storage.engine.dispose()
+    cache = None if config.cache_dir is None else str(local_path(config.cache_dir, flag="--cache_dir").absolute())
     if Path(found["folder"]).is_dir():
         os.chdir(found["folder"])  # where the names of its models mean what they meant
     settings = COMMANDS[found["command"]]
     known = {each.name for each in fields(settings)}
     of_run = settings(**{key: value for key, value in found["config"].items() if key in known})
-    own: dict[str, Any] = {"device": config.device}
-    own |= {key: value for key in ("batch_size", "cache_dir") if (value := getattr(config, key)) is not None}
+    given = {"batch_size": config.batch_size, "cache_dir": cache}
+    own: dict[str, Any] = {"device": config.device, **{key: value for key, value in given.items() if value is not None}}
     return Joined(url, name, replace(of_run, **own), folder or Path(found["output"]))
 
 
