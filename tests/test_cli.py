@@ -65,7 +65,12 @@ def assert_refused(arguments: list[str], message: str, output: Path, capsys: pyt
         (["--batch_size", "many"], "--batch_size must be a whole number or auto, got 'many'"),
         (["--task_dir", "nowhere"], "--task_dir nowhere: no such folder"),
         (["--optimize_mode", "layers"], "unknown granularity 'layers', known are uniform, block:k, all"),
-        (["--optuna_sampler", "tpe"], "is unknown: choose TPE, CMA-ES"),
+        (["--optuna_sampler", "tpe"], "--optuna_sampler tpe is unknown: choose TPE"),
+        (["--storage", "sqlite://"], "is no file, in which a study stays"),
+        (["--storage", "sqlite:///no/such/folder/a.db"], "there is no such folder to make a study in"),
+        (["--heartbeat", "1e9"], "--heartbeat must be 86,400 seconds at most"),
+        (["--study_name", "a"], "give --storage too"),
+        (["--study_name", "", "--storage", "sqlite:///a.db"], "give --storage too"),
         (["--weight_min", "1", "--weight_max", "1"], "--weight_min must be less than --weight_max, got 1.0 and 1.0"),
         (["--weight_max", ".inf"], "--weight_max must be a number that float32 can hold"),
         (["--weight_min", "abc"], "Got value: abc"),
@@ -248,6 +253,10 @@ def test_a_configuration_with_an_unknown_key_is_refused(
     file = tmp_path / "run.yaml"
     file.write_text("n_trails: 7\n")
     assert_refused(flags(trio, tmp_path / "out", "--config", str(file)), "n_trails", tmp_path / "out", capsys)
+    for setting in ("optuna_sampler", "pruner", "heartbeat"):
+        file.write_text(f"{setting}: null\n")
+        given = flags(trio, tmp_path / "out", "--config", str(file))
+        assert_refused(given, f"{setting} is null", tmp_path / "out", capsys)
     file.write_text("n_trials: [7\n")
     assert_refused(flags(trio, tmp_path / "out", "--config", str(file)), "parsing", tmp_path / "out", capsys)
 

@@ -18,7 +18,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from scipy.stats import qmc
 
-from tvmerge.errors import ConfigError
+from tvmerge.errors import ConfigError, RunError
 from tvmerge.samplers import SAMPLERS, PointSampler, SeededSampler, check_sampler, pareto_front, recommend
 from tvmerge.samplers.cma_es import evolved
 from tvmerge.samplers.mirror import NSGAII
@@ -52,6 +52,15 @@ class Nothing(BaseSampler):
     ) -> Any:
         seed = 100 * trial.number + int(param_name.split(".")[1])
         return RandomSampler(seed=seed).sample_independent(study, trial, param_name, param_distribution)
+
+
+class NotANumber(Nothing):
+    """A sampler that has divided by zero."""
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return math.nan
 
 
 def trial_of(
@@ -393,3 +402,15 @@ def test_what_is_no_sampler_is_refused(name: str, says: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_is_a_sampler_is_not(name: str) -> None:
     check_sampler(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("optuna.samplers:BruteForceSampler", "step must be given"), ("test_points:NotANumber", "no finite number")],
+)
+def test_a_sampler_of_somebody_else_that_fails_says_so_in_one_line(name: str, says: str) -> None:
+    sampler = PointSampler(name=name, seed=1, ranges=LAYERS, n_first=2, guided=False)
+    trials = [trial_of(n, dict.fromkeys(LAYERS, float(n)), [0.5]) for n in range(6)]
+    with pytest.raises(RunError, match=f"--optuna_sampler {name} gave no point for trial 6: .*{says}") as failed:
+        sampler.point(trials, 6)
+    assert "\n" not in str(failed.value)

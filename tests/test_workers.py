@@ -270,7 +270,24 @@ def test_workers_say_in_one_line_what_is_not_there(
     assert "no such kind of database" in refuse(capsys, "--storage", f"nosuch://u:{PASSWORD}@127.0.0.1/x")
     refused = refuse(capsys, "--storage", f"postgresql+psycopg://u:{PASSWORD}@127.0.0.1:1/x")
     assert "127.0.0.1:1/x: cannot be opened as a study: " in refused
+    # Drivers take a password as a parameter too.
+    assert "127.0.0.1:1/x: cannot" in refuse(
+        capsys, "--storage", f"postgresql+psycopg://127.0.0.1:1/x?password={PASSWORD}"
+    )
+    assert "none.db: there is no such file" in refuse(capsys, "--storage", f"sqlite:///{tmp_path}/none.db")
+    assert not (tmp_path / "none.db").exists()
+    assert "leave out slashes" in refuse(capsys, "--output_dir", str(small), "--name", "../../elsewhere")
     assert "refused" in refused
+
+
+def test_a_worker_finds_its_study_from_any_folder(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = tmp_path / "the run"
+    link.symlink_to(small)
+    for given in (["--output_dir", "the run"], ["--storage", "sqlite:///the run/study.db"]):
+        monkeypatch.chdir(tmp_path)
+        assert main(["worker", "--restart", "false", "--device", "cpu", *given]) == 0, capsys.readouterr().err
 
 
 @needs_postgresql

@@ -13,8 +13,9 @@ import os
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -177,6 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = arguments[arguments.command].as_dict()
         values.pop("config", None)
         config_class, run = COMMANDS[arguments.command]
+        _refuse_null(config_class, values)
         try:
             status = run(config_class(**values))
         except SystemExit as error:  # would end this process as if all were well
@@ -194,6 +196,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{command}: interrupted; {GOES_ON.get(command, 'nothing was written')}", file=sys.stderr)
         return 130
     return status or 0
+
+
+def _refuse_null(config_class: type, values: Mapping[str, Any]) -> None:
+    """Refuse a null of a YAML file, which jsonargparse takes for every setting.
+
+    Raises:
+        ConfigError: with the setting's name.
+    """
+    for field in fields(config_class):
+        if values.get(field.name, "") is None and "None" not in str(field.type):
+            raise ConfigError(f"{field.name} is null: leave the line out of the file, or give a value")
 
 
 def _in_order(arguments: Sequence[str]) -> list[str]:

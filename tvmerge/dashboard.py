@@ -16,7 +16,6 @@ from hashlib import sha256
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any
-from urllib.parse import unquote
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import sqlalchemy
@@ -91,9 +90,7 @@ def open_study(config: DashboardConfig, folder: Path) -> tuple[RDBStorage, str]:
         if not path.is_file():
             raise StudyError(f"{path}: there is no study, name the --output_dir of a run or its --storage")
         url, shown = file_url(path), str(path)
-    if url.startswith("sqlite:///") and not Path(unquote(url.removeprefix("sqlite:///")).partition("?")[0]).is_file():
-        raise StudyError(f"{shown}: there is no such file")  # which sqlite would make
-    storage = open_storage(url)
+    storage = open_storage(url, make=False)
     try:
         name = config.study_name or only_study(storage, shown=shown)
         names = [study.study_name for study in storage.get_all_studies()]

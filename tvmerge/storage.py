@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,7 +13,6 @@ from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.util import immutabledict
 
 from tvmerge.errors import ConfigError, StudyError
 
@@ -21,13 +21,13 @@ __all__ = [
     "STORAGE_ERRORS",
     "STUDY_FILE",
     "STUDY_NAME",
+    "absolute_url",
     "file_url",
     "has_study",
     "only_study",
     "open_storage",
     "reason_of",
     "shown_url",
-    "whole_url",
 ]
 
 #: What the storage of a study raises, on a full disk for one.
@@ -37,6 +37,8 @@ STUDY_FILE = "study.db"
 STUDY_NAME = "tvmerge"
 #: Seconds that a process waits for another one's write to a file.
 PATIENCE = 60
+#: Names of an address's parameters whose values are shown nowhere: drivers take passwords as these too.
+SECRET = re.compile("pass(?!file)|pwd|secret|token", re.IGNORECASE)
 
 
 def file_url(path: Path) -> str:
@@ -51,22 +53,9 @@ def shown_url(url: str) -> str:
         ConfigError: it is no address.
     """
     parsed = _parsed(url)
-    # Drivers take passwords behind the "?" too, as `password`, `sslpassword` or `passwd`.
-    public = {key: value for key, value in parsed.query.items() if "pass" not in key.lower()}
+    secret = [key for key in parsed.query if SECRET.search(key)]
     # `set` takes None for "as it is".
-    return parsed._replace(password=None, query=immutabledict(public)).render_as_string()
-
-
-def whole_url(url: str) -> str:
-    """An address that means the same in every folder.
-
-    Raises:
-        ConfigError: it is no address.
-    """
-    parsed = _parsed(url)
-    if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database.startswith((":", "file:")):
-        return url
-    return parsed.set(database=str(Path(parsed.database).absolute())).render_as_string(hide_password=False)
+    return parsed.difference_update_query(secret)._replace(password=None).render_as_string()
 
 
 def _parsed(url: str) -> URL:
@@ -78,11 +67,24 @@ def _parsed(url: str) -> URL:
         ) from error
 
 
-def open_storage(url: str) -> RDBStorage:
+def absolute_url(url: str) -> str:
+    """An address that means the same in every working folder.
+
+    Raises:
+        ConfigError: it is no address.
+    """
+    parsed = _parsed(url)
+    if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database.startswith(("file:", ":")):
+        return url
+    return parsed.set(database=str(Path(parsed.database).absolute())).render_as_string(hide_password=False)
+
+
+def open_storage(url: str, *, make: bool = True) -> RDBStorage:
     """Connect to a database.
 
     Args:
         url: as SQLAlchemy reads it, `postgresql+psycopg://user@host/database`.
+        make: whether a file that is not there is made.
 
     Raises:
         ConfigError: it is no address, or a package is missing that speaks to such a database.
@@ -93,9 +95,14 @@ def open_storage(url: str) -> RDBStorage:
     is_file = parsed.get_backend_name() == "sqlite"
     arguments = {"connect_args": {"timeout": PATIENCE}} if is_file else {"pool_pre_ping": True}
     shown = (parsed.database or url) if is_file else shown_url(url)
+    if is_file and (not parsed.database or parsed.database.startswith((":", "file:"))):
+        raise ConfigError(f"--storage {shown}: is no file, in which a study stays: write it as sqlite:///study.db")
+    file = Path(str(parsed.database))
+    if is_file and not file.exists() and not (make and file.parent.is_dir()):
+        raise StudyError(f"{shown}: there is no such {'file' if not make else 'folder to make a study in'}")
     try:
-        if is_file and parsed.database and not Path(parsed.database).exists():
-            _make_file(Path(parsed.database))
+        if is_file and not file.exists():
+            _make_file(file)
         return RDBStorage(url, engine_kwargs=arguments)
     except ImportError as error:
         driver = error.__cause__ or error

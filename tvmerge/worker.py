@@ -27,12 +27,12 @@ from tvmerge.scoring import Scorer, open_questions, open_space, study_plan
 from tvmerge.storage import (
     STORAGE_ERRORS,
     STUDY_FILE,
+    absolute_url,
     file_url,
     only_study,
     open_storage,
     reason_of,
     shown_url,
-    whole_url,
 )
 from tvmerge.study import MergeStudy
 
@@ -111,10 +111,10 @@ def _join(config: WorkerConfig) -> Joined:
         assert folder is not None, "one of them is given"
         if not (folder / STUDY_FILE).exists():
             raise StudyError(f"{folder}: holds no study, start the search first, or name its database by --storage")
-    url = whole_url(config.storage) if config.storage else file_url(Path(str(folder)) / STUDY_FILE)
+    url = absolute_url(config.storage) if config.storage else file_url(Path(str(folder)) / STUDY_FILE)
     cache = None if config.cache_dir is None else local_path(config.cache_dir, flag="--cache_dir").absolute()
     shown = str(folder) if config.storage is None else shown_url(url)
-    storage = open_storage(url)
+    storage = open_storage(url, make=False)
     try:
         name = config.study_name or only_study(storage, shown=shown)
         found = _wait_for(storage, name, shown)

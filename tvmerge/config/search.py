@@ -18,6 +18,8 @@ ALL = "all"
 N_QUESTIONS = 300
 #: Weights are float32 numbers.
 LARGEST_WEIGHT = 3e38
+#: Seconds: a dead worker is noticed after four of them.
+LONGEST_HEARTBEAT = 86_400
 #: Names of loggers, which are not imported to read a configuration.
 LOGGER_NAMES = ("wandb", "mlflow", "tensorboard")
 
@@ -107,6 +109,8 @@ class SearchConfig(ExpertsConfig):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"--{name} must be more than 0 seconds, got {value}")
+        if self.heartbeat > LONGEST_HEARTBEAT:
+            raise ConfigError(f"--heartbeat must be {LONGEST_HEARTBEAT:,} seconds at most, got {self.heartbeat}")
         for name, least in (("n_trials", 2), ("optuna_seed", 0), ("question_seed", 0), ("batch_size", 1)):
             if getattr(self, name) != "auto":
                 self.check_whole(name, least=least)
@@ -116,6 +120,8 @@ class SearchConfig(ExpertsConfig):
         if not 0 <= self.holdout < 1:
             raise ConfigError(f"--holdout must be a share from 0 to less than 1, got {self.holdout}")
         self.check_limit("heldout_limit")
+        if self.study_name is not None and (self.storage is None or not self.study_name.strip()):
+            raise ConfigError("--study_name names a study in a database: give --storage too, or leave it out")
         try:
             (self.system_instruction or "").encode()
         except UnicodeEncodeError:

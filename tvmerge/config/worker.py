@@ -46,3 +46,5 @@ class WorkerConfig:
             raise ConfigError("--output_dir or --storage is needed: the folder of the run, or its database")
         if self.name is not None and (not self.name.strip() or self.name == "main" or len(self.name) > 100):
             raise ConfigError(f"--name must be a short name other than main, got {self.name!r:.120}")
+        if self.name is not None and (set(self.name) & set("/\\\0") or self.name in (".", "..")):
+            raise ConfigError(f"--name {self.name!r}: a folder is called so, leave out slashes")

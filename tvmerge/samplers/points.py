@@ -14,7 +14,7 @@ from optuna.distributions import FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
-from tvmerge.errors import ConfigError
+from tvmerge.errors import ConfigError, RunError
 from tvmerge.samplers import cma_es, plain, rsm
 from tvmerge.samplers.mirror import NSGAII, Mirrored, Replayed
 from tvmerge.samplers.observations import Observations, Remembered, observe, start_point
@@ -105,7 +105,18 @@ def _imported(name: str) -> Callable[[int], BaseSampler]:
 
 def _replayed(name: str, seed: int) -> _Drawn:
     replayed = Replayed(_imported(name), seed=seed)
-    return lambda d: replayed(d.seen, number=d.number, stream=d.stream)
+
+    def draw(given: Draw) -> Floats:
+        try:
+            point = replayed(given.seen, number=given.number, stream=given.stream)
+            if not np.isfinite(point).all():
+                raise ValueError("a weight is no finite number")
+            return point
+        except Exception as error:  # whatever a class of somebody's own raises
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise RunError(f"--optuna_sampler {name} gave no point for trial {given.number}: {reason}") from error
+
+    return draw
 
 
 class PointSampler:
