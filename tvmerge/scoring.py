@@ -169,6 +169,7 @@ class Scorer:
                 time.sleep(PATIENCE)  # others are at them, and may die
                 self.study.collect()
             else:
+                self.study.collect()  # the last one may be another worker's
                 return
 
     def _run(self, claim: Claim, progress: RunProgress) -> None:

@@ -199,11 +199,8 @@ class MergeStudy:
         return len(self._trials(*ENDED))
 
     def n_open(self, n_trials: int) -> int:
-        """Number of trials, of so many, that are begun or wait to be; if there are none, all scores are written."""
-        found = sum(trial.number < n_trials for trial in self._trials(TrialState.RUNNING, TrialState.WAITING))
-        if not found:
-            self.collect()  # the last one may be another worker's
-        return found
+        """Number of trials, of so many, that are begun or wait to be."""
+        return sum(trial.number < n_trials for trial in self._trials(TrialState.RUNNING, TrialState.WAITING))
 
     @property
     def n_first(self) -> int:
