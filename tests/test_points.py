@@ -406,7 +406,7 @@ def test_what_is_a_sampler_is_not(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("optuna.samplers:BruteForceSampler", "step must be given"), ("test_points:NotANumber", "no finite number")],
+    [("optuna.samplers:BruteForceSampler", "step must be given"), ("test_points:NotANumber", "nan` is invalid")],
 )
 def test_a_sampler_of_somebody_else_that_fails_says_so_in_one_line(name: str, says: str) -> None:
     sampler = PointSampler(name=name, seed=1, ranges=LAYERS, n_first=2, guided=False)

@@ -129,6 +129,19 @@ def test_lost_scores_are_restored(tmp_path: Path) -> None:
     assert log.read_bytes() == before
 
 
+def test_lines_that_are_no_scores_are_left_out(tmp_path: Path) -> None:
+    run(tmp_path, 3)
+    before = (tmp_path / "scores.jsonl").read_text()
+    line = json.loads(before.splitlines()[0])
+    for key, value in {"score": "1", "trial": "0", "question": None, "task": 5, "model": [], "split": {}}.items():
+        (tmp_path / "scores.jsonl").write_text(before + json.dumps({**line, key: value}) + "\n")
+        run(tmp_path, 3)
+        assert (tmp_path / "scores.jsonl").read_text() == before
+    (tmp_path / "scores.jsonl").write_text(before.replace('"score": ', '"score": NaN, "was": '))
+    run(tmp_path, 3)
+    assert (tmp_path / "scores.jsonl").read_text() == before
+
+
 @pytest.mark.parametrize("name", ["sp ace#日本", "50%20%", "what?", "{SCHEMA_VERSION}", "a&b=c"])
 def test_a_folder_of_any_name_holds_its_own_study(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ class ScoreLog:
         self.path = path
 
     def lines(self) -> list[dict[str, Any]]:
-        """All whole lines; one that was torn is left out."""
+        """All whole lines; one that was torn, or that is no score, is left out: what it was of is scored again."""
         if not self.path.exists():
             return []
         entries = []
@@ -39,7 +40,7 @@ class ScoreLog:
                 entry = json.loads(line)
             except ValueError:  # what a power cut leaves
                 continue
-            if isinstance(entry, dict) and entry.keys() >= LOG_KEYS:
+            if isinstance(entry, dict) and entry.keys() >= LOG_KEYS and _is_score(entry):
                 entries.append(entry)
         return entries
 
@@ -95,6 +96,17 @@ def unpacked(value: Sequence[Any]) -> list[QuestionScore]:
 def _short(score: QuestionScore) -> list[Any]:
     place = [] if (score.turn, score.choice) == (1, 0) else [score.turn, score.choice]
     return [score.question, score.score, *place]
+
+
+def _is_score(entry: Mapping[str, Any]) -> bool:
+    """Whether a line holds what we write, and not what a hand or another program has made of it."""
+    score, trial = entry["score"], entry["trial"]
+    return (
+        (trial is None or type(trial) is int)
+        and all(isinstance(entry[key], str) for key in ("model", "split", "task"))
+        and all(type(entry.get(key, 0)) is int for key in ("question", "turn", "choice"))
+        and (score is None or (type(score) in (int, float) and math.isfinite(score)))
+    )
 
 
 def _score(entry: Mapping[str, Any]) -> QuestionScore:
