@@ -34,7 +34,7 @@ from tvmerge.config import (
     WorkerConfig,
 )
 from tvmerge.errors import ConfigError, InputError, TaskError, TvmergeError
-from tvmerge.interrupt import listen
+from tvmerge.interrupt import listen, was_interrupted
 
 __all__ = ["main"]
 
@@ -186,6 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (argparse.ArgumentError, UnicodeError) as error:
         return _complain(command, error, status=2, hint=" (see tvmerge --help)")
     except TvmergeError as error:
+        if was_interrupted():  # in the midst of what made another error of it
+            return _say_interrupted(command)
         return _complain(command, error, status=2 if isinstance(error, InputError) else 1)
     except BrokenPipeError:  # whoever read our output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -193,9 +195,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder that has gone
         return _complain(command, error, status=1)
     except KeyboardInterrupt:
-        print(f"\n{command}: interrupted; {GOES_ON.get(command, 'nothing was written')}", file=sys.stderr)
-        return 130
+        return _say_interrupted(command)
     return status or 0
+
+
+def _say_interrupted(command: str) -> int:
+    print(f"\n{command}: interrupted; {GOES_ON.get(command, 'nothing was written')}", file=sys.stderr)
+    return 130
 
 
 def _refuse_null(config_class: type, values: Mapping[str, Any]) -> None:

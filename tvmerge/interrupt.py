@@ -10,7 +10,7 @@ import signal
 from types import FrameType
 from typing import NoReturn
 
-__all__ = ["check_interrupted", "listen"]
+__all__ = ["check_interrupted", "listen", "was_interrupted"]
 
 _asked: list[int] = []  # signals that came
 
@@ -34,5 +34,10 @@ def check_interrupted() -> None:
     Raises:
         KeyboardInterrupt: it was.
     """
-    if _asked:
+    if was_interrupted():
         raise KeyboardInterrupt
+
+
+def was_interrupted() -> bool:
+    """Whether a signal to end came, whatever became of it."""
+    return bool(_asked)

@@ -10,7 +10,7 @@ from typing import Any
 
 from tvmerge.errors import CheckpointError, RecipeError, RunError, TvmergeError
 from tvmerge.evaluators import Evaluator, Goals, QuestionScore, TaskGoal, mean_score, task_scores
-from tvmerge.files import staged_directory, write_bytes, write_text
+from tvmerge.files import staged_directory, write_bytes
 from tvmerge.interrupt import check_interrupted
 from tvmerge.judging import trial_name
 from tvmerge.progress import RunProgress
@@ -29,8 +29,8 @@ __all__ = ["Proof", "choose"]
 
 #: How the names begin of models in scores.jsonl that are of the recommended point.
 OF_RECOMMENDED = (RECOMMENDED, "expert")
-#: Beside the card: the weights that were found.
-WEIGHTS_PICTURE = "weights.png"
+#: Beside the model: the weights that were found, and what they are worth.
+WEIGHTS_PICTURE, CARD = "weights.png", "README.md"
 #: Folder of the recipes of the trials than which none is better in all tasks.
 PARETO_FOLDER = "pareto"
 
@@ -155,29 +155,41 @@ class Proof:
         whole = replace(results, candidates=candidates, chosen=chosen, table=table, verdict=text)
         recipe = space.recipe(best.weights, score=self._score_entry(best), versions=library_versions())
         folder = self.output / "best"
+        about = self._about(recipe, whole)
         if not _is_written(space, recipe, folder):
             with staged_directory(folder, replace=True) as staging:
                 space.write(recipe, staging)
-                picture = weights_picture(whole)
-                if picture is not None:
-                    write_bytes(staging / WEIGHTS_PICTURE, picture)
-                card = model_card(
-                    recipe,
-                    table=table,
-                    verdict_text=text,
-                    weights=best.weights,
-                    best=best,
-                    goals=goals,
-                    heldout=heldout,
-                    cards=read_cards(space.sources.models()),
-                    pictures=[] if picture is None else [WEIGHTS_PICTURE],
-                )
-                write_text(staging / "README.md", card)
+                for name, content in about.items():
+                    write_bytes(staging / name, content)
+        for name, content in about.items():  # of the same model, after more trials
+            if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+                write_bytes(folder / name, content)
         if self.scorer.study.plan.objectives:
             self._write_front()
         print(f"\n{table}\n\n{text}\n")
         print(f"The saved {space.noun} is {best.label}, of {self.scorer.study.n_finished} trials; it is in {folder}")
         return whole
+
+    def _about(self, recipe: Recipe, results: Results) -> dict[str, bytes]:
+        """What lies beside the model and says what it is: file name → content."""
+        chosen = results.candidates[results.chosen or 0]
+        try:
+            picture = weights_picture(results)
+        except Exception as error:  # noqa: BLE001  # the model is worth more than its picture
+            self.progress.note(" ".join(f"{WEIGHTS_PICTURE} was not drawn: {type(error).__name__}: {error}".split()))
+            picture = None
+        card = model_card(
+            recipe,
+            table=results.table,
+            verdict_text=results.verdict,
+            weights=chosen.weights or {},
+            best=chosen,
+            goals=results.goals,
+            heldout=results.heldout,
+            cards=read_cards(self.scorer.space.sources.models()),
+            pictures=[] if picture is None else [WEIGHTS_PICTURE],
+        )
+        return {**({} if picture is None else {WEIGHTS_PICTURE: picture}), CARD: card.encode()}
 
     def _write_front(self) -> None:
         """A recipe for each trial than which none is better in all tasks."""
@@ -252,6 +264,6 @@ def _name(column: Column) -> str:
 def _is_written(space: Space, recipe: Recipe, folder: Path) -> bool:
     """Whether a folder holds exactly this model, so that finishing twice writes once."""
     try:
-        return space.is_whole(recipe, folder) and (folder / "README.md").is_file()
+        return space.is_whole(recipe, folder)
     except (CheckpointError, RecipeError):  # not there, damaged, or not finished
         return False
