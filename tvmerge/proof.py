@@ -154,30 +154,47 @@ class Proof:
         text = "\n\n".join(part for part in words if part)
         whole = replace(results, candidates=candidates, chosen=chosen, table=table, verdict=text)
         recipe = space.recipe(best.weights, score=self._score_entry(best), versions=library_versions())
-        folder = self.output / "best"
-        if not _is_written(space, recipe, folder):
-            with staged_directory(folder, replace=True) as staging:
-                space.write(recipe, staging)
-                picture = weights_picture(whole)
-                if picture is not None:
-                    write_bytes(staging / WEIGHTS_PICTURE, picture)
-                card = model_card(
-                    recipe,
-                    table=table,
-                    verdict_text=text,
-                    weights=best.weights,
-                    best=best,
-                    goals=goals,
-                    heldout=heldout,
-                    cards=read_cards(space.sources.models()),
-                    pictures=[] if picture is None else [WEIGHTS_PICTURE],
-                )
-                write_text(staging / "README.md", card)
+        self._write_best(recipe, whole, best)
         if self.scorer.study.plan.objectives:
             self._write_front()
         print(f"\n{table}\n\n{text}\n")
-        print(f"The saved {space.noun} is {best.label}, of {self.scorer.study.n_finished} trials; it is in {folder}")
+        n = self.scorer.study.n_finished
+        print(f"The saved {space.noun} is {best.label}, of {n} trials; it is in {self.output / 'best'}")
         return whole
+
+    def _write_best(self, recipe: Recipe, results: Results, best: Candidate) -> None:
+        """Write the model, or its card alone if what it is compared with is new."""
+        space, folder = self.scorer.space, self.output / "best"
+        is_written = _is_written(space, recipe, folder)
+        if is_written and _is_told(results, folder / "README.md"):
+            return
+        picture = self._picture(results)
+        card = model_card(
+            recipe,
+            table=results.table,
+            verdict_text=results.verdict,
+            weights=recipe.weights,
+            best=best,
+            goals=results.goals,
+            heldout=results.heldout,
+            cards=read_cards(space.sources.models()),
+            pictures=[] if picture is None else [WEIGHTS_PICTURE],
+        )
+        if is_written:
+            _write_card(folder, card, picture)
+            return
+        with staged_directory(folder, replace=True) as staging:
+            space.write(recipe, staging)
+            _write_card(staging, card, picture)
+
+    def _picture(self, results: Results) -> bytes | None:
+        """The weights; one that cannot be drawn keeps no model from being saved."""
+        try:
+            return weights_picture(results)
+        except Exception as error:  # noqa: BLE001
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            self.progress.note(f"{self.output / 'best' / WEIGHTS_PICTURE}: was not drawn: {reason}")
+            return None
 
     def _write_front(self) -> None:
         """A recipe for each trial than which none is better in all tasks."""
@@ -247,6 +264,18 @@ def _name(column: Column) -> str:
     if column.trial is None:
         return name
     return trial_name(column.trial) if column.model == "merge" else f"{name}-{trial_name(column.trial)}"
+
+
+def _write_card(folder: Path, card: str, picture: bytes | None) -> None:
+    if picture is not None:
+        write_bytes(folder / WEIGHTS_PICTURE, picture)
+    write_text(folder / "README.md", card)
+
+
+def _is_told(results: Results, card: Path) -> bool:
+    """Whether a card holds these scores, whatever a user has added to it."""
+    text = card.read_text(encoding="utf-8", errors="replace")
+    return results.table in text and results.verdict in text
 
 
 def _is_written(space: Space, recipe: Recipe, folder: Path) -> bool:
