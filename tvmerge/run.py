@@ -213,7 +213,10 @@ class SearchRun:
         self.loggers.finish(results, self.output)
 
     def _after_trial(self, progress: RunProgress, reporter: Reporter) -> None:
-        study = self.scorer.study
+        study, tokens = self.scorer.study, self.scorer.asked.budget.tokens
+        # That of this process: a worker's device may bear more, or less.
+        if self.scorer.config.batch_size == "auto" and study.recall("batch_tokens") != tokens:
+            study.remember("batch_tokens", tokens)
         self.loggers.log(trial_rows(study.trials()))
         reporter.write_now_and_then(self.results)
         if study.n_finished == min(study.n_first, self.scorer.config.n_trials):
