@@ -166,7 +166,7 @@ def test_a_failed_trial_is_recorded_with_its_weights_and_is_no_score(tmp_path: P
     assert failed.value is None
     assert failed.user_attrs["failure"] == "ValueError: no sense"
     assert failed.params == dict.fromkeys(NAMES, 0.5)
-    assert study.last_failure() == "trial 3: RunError: no question could be scored, of a"
+    assert study.trials()[3].user_attrs["failure"] == "RunError: no question could be scored, of a"
     assert study.n_finished == 5
     study.close()
 

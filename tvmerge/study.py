@@ -90,6 +90,7 @@ class MergeStudy:
         self._worker = worker
         self._heartbeat: Heartbeat | None = None
         self._opened: RDBStorage | None = None
+        self._others: dict[int, Other] = {}  # number of a trial that has ended → its scores
         self._logged: set[int] = set()  # numbers of the trials that are in scores.jsonl
         self._lock = None if output_dir is None else _lock(output_dir)
         try:
@@ -215,11 +216,6 @@ class MergeStudy:
         """What `remember` kept; None if nothing."""
         return self._study.user_attrs.get(key)
 
-    def last_failure(self) -> str:
-        """Why the last failed trial failed."""
-        failed = self._trials(TrialState.FAIL)
-        return f"trial {failed[-1].number}: {failed[-1].user_attrs['failure']}" if failed else "no trial failed"
-
     def results(self) -> list[TrialResult]:
         """All scored trials, by number."""
         return [_result(trial) for trial in self._trials(TrialState.COMPLETE)]
@@ -230,11 +226,12 @@ class MergeStudy:
 
     def others(self, number: int) -> list[Other]:
         """What all other trials got that were scored or stopped."""
-        return [
-            Other(unpacked(trial.user_attrs.get("scores", [])), is_complete=trial.state == TrialState.COMPLETE)
-            for trial in self._trials(TrialState.COMPLETE, TrialState.PRUNED)
-            if trial.number != number
-        ]
+        ended = [trial for trial in self._trials(TrialState.COMPLETE, TrialState.PRUNED) if trial.number != number]
+        for trial in ended:
+            if trial.number not in self._others:  # what has ended stays as it is
+                scores = unpacked(trial.user_attrs.get("scores", []))
+                self._others[trial.number] = Other(scores, is_complete=trial.state == TrialState.COMPLETE)
+        return [self._others[trial.number] for trial in ended]
 
     def best(self) -> TrialResult:
         """The trial of the highest score; of equal ones the first.
