@@ -217,7 +217,8 @@ class SearchRun:
         # That of this process: a worker's device may bear more, or less.
         if self.scorer.config.batch_size == "auto" and study.recall("batch_tokens") != tokens:
             study.remember("batch_tokens", tokens)
-        self.loggers.log(trial_rows(study.trials()))
+        if self.scorer.config.logger_names:  # rows of a thousand trials take as long as all else after a trial
+            self.loggers.log(trial_rows(study.trials()))
         reporter.write_now_and_then(self.results)
         if study.n_finished == min(study.n_first, self.scorer.config.n_trials):
             self._warn_of_idle_tasks(progress)
