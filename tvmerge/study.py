@@ -126,8 +126,12 @@ class MergeStudy:
             self._study = optuna.load_study(study_name=self._name, storage=_known(self._opened))
             return False
         self._study = optuna.create_study(**settings, load_if_exists=True)
-        ended = self._study.get_trials(deepcopy=False, states=ENDED)
-        if self.recall("identity") not in (None, self._identity) and not ended:
+        known, trials = self.recall("identity"), self._study.get_trials(deepcopy=False)
+        if known is None and any("given" not in trial.user_attrs for trial in trials):
+            raise StudyError(f"study {self._name}: has trials that no run of tvmerge made: name another --study_name")
+        # In a database the trial that runs may be that of another run, which has the same name for its study.
+        states = ENDED if self._in_file else (*ENDED, TrialState.RUNNING)
+        if known not in (None, self._identity) and not any(trial.state in states for trial in trials):
             # Nothing was scored that another configuration could spoil: what ended the first attempt was mended.
             optuna.delete_study(study_name=self._name, storage=_known(self._opened))
             self._study = optuna.create_study(**settings)
@@ -148,7 +152,9 @@ class MergeStudy:
         different = sorted(key for key in known.keys() | identity.keys() if known.get(key) != identity.get(key))
         if different:
             was = ", ".join(f"{key} was {known.get(key)!r} and is {identity.get(key)!r}" for key in different)
-            place, advice = (self._name, "") if self._output is None else (self._output, ": name another --output_dir")
+            flag = "--output_dir" if self._in_file else "--study_name"
+            advice = "" if self._output is None else f": name another {flag}"
+            place = self._output if self._in_file else f"study {self._name}"
             raise StudyError(f"{place} holds a study of another configuration: {was}{advice}")
         if self._output is not None:
             self.scores = ScoreLog(self._output / "scores.jsonl")
