@@ -19,6 +19,7 @@ from matplotlib import font_manager
 from report_results import TASKS, make_results, pareto_results, weight_names
 
 from tvmerge.report import style
+from tvmerge.report.notes import RunNotes
 from tvmerge.report.page import markdown, report_page, write_report
 from tvmerge.report.pictures import PICTURES, draw_pictures
 from tvmerge.report.style import COLOURS, drawing, japanese_font
@@ -289,3 +290,11 @@ def test_the_font_of_the_extra_is_found_without_an_import(monkeypatch: pytest.Mo
         assert "matplotlib_fontja" not in sys.modules
     finally:
         japanese_font.cache_clear()
+
+
+def test_a_trial_that_was_stopped_has_its_reason() -> None:
+    results = make_results(LAYERS)
+    stopped = TrialRow(7, "pruned", False, results.trials[0].weights, facts={"stopped": "is worse <than> the best"})
+    said = Page(page_of(replace(results, trials=[*results.trials[:7], stopped]))).said()
+    assert "is worse <than> the best" in said
+    assert "is worse <than> the best" in RunNotes(Path("nowhere")).of(stopped)

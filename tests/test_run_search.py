@@ -91,6 +91,30 @@ def test_a_trial_that_is_recommended_is_saved_and_not_the_best_observed_one(
     assert printed is not None
     assert recipe["score"]["trial"] == int(printed[1])
     assert recipe["weights"] == trials(output)[int(printed[1])][1]
+    # The same model, compared with others than before, as after more trials: its card tells of these.
+    card = output / "best" / "README.md"
+    told = card.read_text()
+    weights = (output / "best" / "model.safetensors").stat().st_ino
+    card.write_text(told.replace("| task", "| once") + "\nmine\n")
+    assert main(flags(trio, output, "--n_trials", "5")) == 0
+    assert card.read_text() == told
+    assert (output / "best" / "model.safetensors").stat().st_ino == weights
+    card.write_text(told + "\nmine\n")
+    assert main(flags(trio, output, "--n_trials", "5")) == 0
+    assert card.read_text() == told + "\nmine\n"
+
+
+def test_a_picture_that_cannot_be_drawn_keeps_no_model_from_being_saved(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(results: object) -> None:
+        raise ValueError("no\nfont")
+
+    monkeypatch.setattr("tvmerge.proof.weights_picture", fail)
+    output = tmp_path / "out"
+    assert main(flags(trio, output, "--n_trials", "2")) == 0
+    assert "weights.png: was not drawn: ValueError: no font" in capsys.readouterr().err
+    assert "weights.png" not in (output / "best" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("sampler", ["sep-CMA-ES", "GA", "QMC", "random", "GP", "test_run_search:Centre"])

@@ -14,7 +14,7 @@ from optuna.distributions import FloatDistribution
 
 from tvmerge.errors import RunError, StudyError
 from tvmerge.evaluators import QuestionScore, Scored
-from tvmerge.storage import shown_url
+from tvmerge.storage import STUDY_NAME, shown_url
 from tvmerge.study import MergeStudy
 from tvmerge.trial_queue import StudyPlan
 
@@ -29,7 +29,9 @@ def points(*weights: float) -> list[dict[str, float]]:
     return [dict.fromkeys(NAMES, weight) for weight in weights]
 
 
-def open_study(folder: Path, *, heartbeat: float = 15.0, **changes: Any) -> MergeStudy:
+def open_study(
+    folder: Path, *, heartbeat: float = 15.0, storage: str | None = None, name: str = STUDY_NAME, **changes: Any
+) -> MergeStudy:
     settings: dict[str, Any] = {
         "identity": {"mode": "layer", "tasks": ["a"]},
         "ranges": ranges(0.0, 2.0),
@@ -38,7 +40,7 @@ def open_study(folder: Path, *, heartbeat: float = 15.0, **changes: Any) -> Merg
         "first": points(0.0, 1.0, 0.5),
         **changes,
     }
-    return MergeStudy(output_dir=folder, plan=StudyPlan(**settings), heartbeat=heartbeat)
+    return MergeStudy(output_dir=folder, plan=StudyPlan(**settings), storage=storage, name=name, heartbeat=heartbeat)
 
 
 def score(weights: Mapping[str, float], number: int) -> Scored:
@@ -180,7 +182,7 @@ def test_a_failed_trial_is_recorded_with_its_weights_and_is_no_score(tmp_path: P
     assert failed.value is None
     assert failed.user_attrs["failure"] == "ValueError: no sense"
     assert failed.params == dict.fromkeys(NAMES, 0.5)
-    assert study.last_failure() == "trial 3: RunError: no question could be scored, of a"
+    assert study.trials()[3].user_attrs["failure"] == "RunError: no question could be scored, of a"
     assert study.n_finished == 5
     study.close()
 
@@ -277,3 +279,22 @@ def test_an_address_is_shown_without_any_password(url: str) -> None:
     assert "secret" not in shown
     assert "host/runs" in shown
     assert "sslmode=require" in shown
+
+
+def test_in_a_database_no_study_of_others_is_taken(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    folders = tmp_path / "a", tmp_path / "b"
+    for folder in folders:
+        folder.mkdir()
+    mine = open_study(folders[0], storage=url, name="s")
+    claim = mine.claim(9)
+    assert claim is not None
+    with pytest.raises(StudyError, match=r"study s holds a study of another .*: name another --study_name"):
+        open_study(folders[1], storage=url, name="s", identity={"other": 1})
+    assert mine.run(claim, score) is not None
+    mine.close()
+    foreign = optuna.create_study(study_name="foreign", storage=url, direction="maximize")
+    foreign.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
+    with pytest.raises(StudyError, match="study foreign: has trials that no run of tvmerge made"):
+        open_study(folders[1], storage=url, name="foreign")
+    assert not foreign.user_attrs

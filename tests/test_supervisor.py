@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from tvmerge.config import WorkerConfig
+from tvmerge.errors import ConfigError
+from tvmerge.supervisor import own_name
+
 #: Supervises a program that is named on the command line, as the command line supervises workers.
 PARENT = """
 import os, signal, sys
@@ -42,8 +46,8 @@ except KeyboardInterrupt:
 """
 
 
-def start(folder: Path, does: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PARENT, CHILD.format(folder=str(folder), does=does)]
+def start(folder: Path, does: str, *, before: str = "") -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", before + PARENT, CHILD.format(folder=str(folder), does=does)]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -92,6 +96,13 @@ def test_what_ends_by_itself_is_not_started_again(tmp_path: Path, status: int, t
     assert len(began(tmp_path, 1)) == times
 
 
+def test_a_worker_whose_trials_fail_slowly_does_not_fail_them_all(tmp_path: Path) -> None:
+    parent = start(tmp_path, "os._exit(1)", before="import tvmerge.supervisor as s; s.SOON = 0.0")
+    parent.communicate()
+    assert parent.returncode == 1
+    assert len(began(tmp_path, 1)) == 3
+
+
 def test_input_that_was_right_once_is_tried_again(tmp_path: Path) -> None:
     does = "os._exit({1: 1, 2: 2, 3: 0}[len((folder / 'began').read_text().splitlines())])"
     parent = start(tmp_path, does)
@@ -126,3 +137,14 @@ def test_a_child_does_not_outlive_a_parent_that_is_killed(tmp_path: Path) -> Non
     parent.communicate()
     wait_until_gone(child)
     assert (tmp_path / "tidied").read_text() == "once\n"
+
+
+def test_two_workers_never_have_one_name() -> None:
+    # In containers also their machine's name and the numbers of their processes may be the same.
+    names = {own_name() for _ in range(100)}
+    assert len(names) == 100
+    for name in names:
+        WorkerConfig(output_dir="run", name=name)
+    for name in ("main", "", "a/b", "..", "a b", "x" * 101):
+        with pytest.raises(ConfigError, match="--name must be"):
+            WorkerConfig(output_dir="run", name=name)

@@ -14,7 +14,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from jsonargparse import ArgumentParser
@@ -89,16 +89,17 @@ def _run_moe(config: MoeConfig) -> None:
 
 def _run_worker(config: WorkerConfig) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from tvmerge.supervisor import follow_parent, supervise
+    from tvmerge.supervisor import follow_parent, own_name, supervise
 
+    name = config.name or own_name()
     if config.restart:
         own = {key: value for key, value in vars(config).items() if key not in ("restart", "name")}
         given = {key: str(value) for key, value in own.items() if value is not None}
-        return supervise([f"--{key}={value}" for key, value in given.items()], name=config.name)
+        return supervise([f"--{key}={value}" for key, value in given.items()], name=name)
     follow_parent()
     from tvmerge.worker import work
 
-    work(config)
+    work(replace(config, name=name))
     return 0
 
 

@@ -89,7 +89,9 @@ class Proof:
         if len(scores) == evaluator.n_scores:
             return scores
         measured = self._measured(column, evaluator, split)
-        study.scores.replace(measured, model=column.model, trial=column.trial, split=split)
+        # To replace is to read and write all lines, of a thousand trials for seconds.
+        write = study.scores.replace if scores else study.scores.append
+        write(measured, model=column.model, trial=column.trial, split=split)
         self.known[column.model, column.trial, split] = measured
         return measured
 
@@ -167,7 +169,8 @@ class Proof:
         if self.scorer.study.plan.objectives:
             self._write_front()
         print(f"\n{table}\n\n{text}\n")
-        print(f"The saved {space.noun} is {best.label}, of {self.scorer.study.n_finished} trials; it is in {folder}")
+        n = self.scorer.study.n_finished
+        print(f"The saved {space.noun} is {best.label}, of {n} trials; it is in {self.output / 'best'}")
         return whole
 
     def _about(self, recipe: Recipe, results: Results) -> dict[str, bytes]:

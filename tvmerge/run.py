@@ -213,8 +213,12 @@ class SearchRun:
         self.loggers.finish(results, self.output)
 
     def _after_trial(self, progress: RunProgress, reporter: Reporter) -> None:
-        study = self.scorer.study
-        self.loggers.log(trial_rows(study.trials()))
+        study, tokens = self.scorer.study, self.scorer.asked.budget.tokens
+        # That of this process: a worker's device may bear more, or less.
+        if self.scorer.config.batch_size == "auto" and study.recall("batch_tokens") != tokens:
+            study.remember("batch_tokens", tokens)
+        if self.scorer.config.logger_names:  # rows of a thousand trials take as long as all else after a trial
+            self.loggers.log(trial_rows(study.trials()))
         reporter.write_now_and_then(self.results)
         if study.n_finished == min(study.n_first, self.scorer.config.n_trials):
             self._warn_of_idle_tasks(progress)

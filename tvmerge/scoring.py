@@ -175,8 +175,6 @@ class Scorer:
     def _run(self, claim: Claim, progress: RunProgress) -> None:
         self.said.clear()
         result = self.study.run(claim, lambda weights, number: self._evaluate(weights, number, progress))
-        if self.config.batch_size == "auto" and self.study.recall("batch_tokens") != self.asked.budget.tokens:
-            self.study.remember("batch_tokens", self.asked.budget.tokens)
         scored = self.study.results()
         best = max(scored, key=lambda each: (each.score, -each.number)) if scored else None
         progress.finish_trial(

@@ -90,6 +90,7 @@ class MergeStudy:
         self._worker = worker
         self._heartbeat: Heartbeat | None = None
         self._opened: RDBStorage | None = None
+        self._others: dict[int, Other] = {}  # number of a trial that has ended → its scores
         self._logged: set[int] = set()  # numbers of the trials that are in scores.jsonl
         self._lock = None if output_dir is None else _lock(output_dir)
         try:
@@ -125,8 +126,12 @@ class MergeStudy:
             self._study = optuna.load_study(study_name=self._name, storage=_known(self._opened))
             return False
         self._study = optuna.create_study(**settings, load_if_exists=True)
-        ended = self._study.get_trials(deepcopy=False, states=ENDED)
-        if self.recall("identity") not in (None, self._identity) and not ended:
+        known, trials = self.recall("identity"), self._study.get_trials(deepcopy=False)
+        if known is None and any("given" not in trial.user_attrs for trial in trials):
+            raise StudyError(f"study {self._name}: has trials that no run of tvmerge made: name another --study_name")
+        # In a database the trial that runs may be that of another run, which has the same name for its study.
+        states = ENDED if self._in_file else (*ENDED, TrialState.RUNNING)
+        if known not in (None, self._identity) and not any(trial.state in states for trial in trials):
             # Nothing was scored that another configuration could spoil: what ended the first attempt was mended.
             optuna.delete_study(study_name=self._name, storage=_known(self._opened))
             self._study = optuna.create_study(**settings)
@@ -147,7 +152,9 @@ class MergeStudy:
         different = sorted(key for key in known.keys() | identity.keys() if known.get(key) != identity.get(key))
         if different:
             was = ", ".join(f"{key} was {known.get(key)!r} and is {identity.get(key)!r}" for key in different)
-            place, advice = (self._name, "") if self._output is None else (self._output, ": name another --output_dir")
+            flag = "--output_dir" if self._in_file else "--study_name"
+            advice = "" if self._output is None else f": name another {flag}"
+            place = self._output if self._in_file else f"study {self._name}"
             raise StudyError(f"{place} holds a study of another configuration: {was}{advice}")
         if self._output is not None:
             self.scores = ScoreLog(self._output / "scores.jsonl")
@@ -215,11 +222,6 @@ class MergeStudy:
         """What `remember` kept; None if nothing."""
         return self._study.user_attrs.get(key)
 
-    def last_failure(self) -> str:
-        """Why the last failed trial failed."""
-        failed = self._trials(TrialState.FAIL)
-        return f"trial {failed[-1].number}: {failed[-1].user_attrs['failure']}" if failed else "no trial failed"
-
     def results(self) -> list[TrialResult]:
         """All scored trials, by number."""
         return [_result(trial) for trial in self._trials(TrialState.COMPLETE)]
@@ -230,11 +232,12 @@ class MergeStudy:
 
     def others(self, number: int) -> list[Other]:
         """What all other trials got that were scored or stopped."""
-        return [
-            Other(unpacked(trial.user_attrs.get("scores", [])), is_complete=trial.state == TrialState.COMPLETE)
-            for trial in self._trials(TrialState.COMPLETE, TrialState.PRUNED)
-            if trial.number != number
-        ]
+        ended = [trial for trial in self._trials(TrialState.COMPLETE, TrialState.PRUNED) if trial.number != number]
+        for trial in ended:
+            if trial.number not in self._others:  # what has ended stays as it is
+                scores = unpacked(trial.user_attrs.get("scores", []))
+                self._others[trial.number] = Other(scores, is_complete=trial.state == TrialState.COMPLETE)
+        return [self._others[trial.number] for trial in ended]
 
     def best(self) -> TrialResult:
         """The trial of the highest score; of equal ones the first.

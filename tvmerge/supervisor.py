@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -16,28 +18,38 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-__all__ = ["follow_parent", "supervise"]
+__all__ = ["follow_parent", "own_name", "supervise"]
 
 WORKER = (sys.executable, "-m", "tvmerge", "worker")
-DONE, WRONG_INPUT, INTERRUPTED = 0, 2, 130
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 #: A process that dies sooner, in seconds, has not come far; after so many of them in a row the parent gives up.
 SOON, MOST_DEATHS = 60.0, 3
+#: The same for one that says why it cannot go on: each of them may have failed a trial, which takes minutes.
+SOON_FAILED = 3600.0
 #: In the environment of a process whose input ends when its parent does.
 SUPERVISED = "TVMERGE_SUPERVISED"
 
 
-def supervise(arguments: Sequence[str], *, name: str | None, program: Sequence[str] = WORKER) -> int:
+def own_name() -> str:
+    """What a worker is called that was given no name: two of one name would hand back each other's trials.
+
+    Containers may share the name of their machine and the numbers of their processes.
+    """
+    node = re.sub(r"[^\w.-]", "-", platform.node())[:60] or "worker"
+    return f"{node}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+def supervise(arguments: Sequence[str], *, name: str, program: Sequence[str] = WORKER) -> int:
     """Run a worker until it ends by itself.
 
     Args:
         arguments: of the worker, as on the command line.
-        name: what it is called; None: of this machine and process.
+        name: what it is called.
         program: that takes them.
 
     Returns:
         The exit status of the last process.
     """
-    name = name or f"{platform.node()}-{os.getpid()}"
     command = [*program, *arguments, "--name", name, "--restart", "false"]
     deaths, is_first = 0, True
     while True:
@@ -47,7 +59,8 @@ def supervise(arguments: Sequence[str], *, name: str | None, program: Sequence[s
         if status in (DONE, INTERRUPTED) or (status == WRONG_INPUT and is_first):
             return status
         is_first = False
-        deaths = deaths + 1 if time.monotonic() - begun < SOON else 1
+        soon = SOON_FAILED if status == FAILED else SOON
+        deaths = deaths + 1 if time.monotonic() - begun < soon else 1
         if deaths >= MOST_DEATHS:
             print(f"worker {name}: died {deaths} times in a row, the last with status {status}", file=sys.stderr)
             return status if status > 0 else 128 - status

@@ -7,7 +7,6 @@ the same name.
 from __future__ import annotations
 
 import os
-import platform
 import sys
 import time
 from collections.abc import Mapping
@@ -62,7 +61,8 @@ def work(config: WorkerConfig) -> None:
         RunError: a trial that must not be given up, or three in a row.
     """
     joined = _join(config)
-    name = config.name or f"{platform.node()}-{os.getpid()}"
+    name = config.name
+    assert name is not None, "the command line makes one"
     device = choose_device(joined.config.device)
     print(f"worker {name}: study {joined.name}, on {device}", file=sys.stderr)
     joined.output.mkdir(parents=True, exist_ok=True)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from tvmerge.errors import ConfigError
 
 __all__ = ["WorkerConfig"]
+
+#: It names a folder too.
+_NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
 @dataclass(kw_only=True)
@@ -44,7 +48,7 @@ class WorkerConfig:
         """
         if not (self.output_dir or "").strip() and not (self.storage or "").strip():
             raise ConfigError("--output_dir or --storage is needed: the folder of the run, or its database")
-        if self.name is not None and (not self.name.strip() or self.name == "main" or len(self.name) > 100):
-            raise ConfigError(f"--name must be a short name other than main, got {self.name!r:.120}")
-        if self.name is not None and (set(self.name) & set("/\\\0") or self.name in (".", "..")):
-            raise ConfigError(f"--name {self.name!r}: a folder is called so, leave out slashes")
+        if self.name is not None and (self.name == "main" or not _NAME.fullmatch(self.name)):
+            raise ConfigError(
+                f"--name must be letters, digits, '-', '_' and '.', 100 at most, and not main, got {self.name!r:.120}"
+            )

@@ -152,6 +152,8 @@ class RunNotes:
         note = f"**Trial {trial.number}**: {', '.join(facts)}\n"
         if trial.failure is not None:
             note += f"\nFailed:\n{_quoted(trial.failure, FAILURE_LENGTH)}\n"
+        if "stopped" in trial.facts:
+            note += f"\nStopped:\n{_quoted(str(trial.facts['stopped']), FAILURE_LENGTH)}\n"
         if trial.weights:
             values = list(trial.weights.values())
             mean = math.fsum(values) / len(values)

@@ -220,7 +220,9 @@ def _trials(results: Results) -> str:
         what = f"The best {len(rows)} of {len(scored)} trials" if len(rows) < len(scored) else "Trials, the best first"
         parts.append(f"<details><summary>{what}</summary>{table(head, rows, left=[len(head) - 1])}</details>")
     if unscored:
-        reasons = [[str(t.number), t.state, _text(t.failure or "")] for t in unscored[-MAX_FAILURES:]]
+        reasons = [
+            [str(t.number), t.state, _text(t.failure or t.facts.get("stopped", ""))] for t in unscored[-MAX_FAILURES:]
+        ]
         what = f"Trials without a score ({len(unscored)})"
         listed = table(["trial", "state", "reason"], reasons, left=[1, 2])
         parts.append(f"<details open><summary>{what}</summary>{listed}</details>")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from tvmerge.report.candidates import heldout_scatter, score_by_task
 from tvmerge.report.contributions import contributions
@@ -13,10 +12,7 @@ from tvmerge.report.trials import cost_by_trial, pareto_front, score_by_trial
 from tvmerge.report.weights import weight_lines, weight_map
 from tvmerge.results import Results
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["PICTURES", "Picture", "draw_pictures", "report_figures", "weights_picture"]
+__all__ = ["PICTURES", "Picture", "draw_pictures", "weights_picture"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,3 @@ def weights_picture(results: Results) -> bytes | None:
         if drawn is None or drawn.figure is None:
             drawn = weight_lines(results)
         return None if drawn is None or drawn.figure is None else to_png(drawn.figure)
-
-
-def report_figures(results: Results) -> dict[str, Figure]:
-    """The pictures that a run has so far: name → figure of matplotlib, for loggers and the model card."""
-    return {name: each.figure for name, each in draw_pictures(results).items() if each.figure is not None}
