@@ -161,7 +161,7 @@ class Proof:
         if not _is_written(space, recipe, folder):
             with staged_directory(folder, replace=True) as staging:
                 space.write(recipe, staging)
-                picture = weights_picture(whole)
+                picture = self._picture(whole)
                 if picture is not None:
                     write_bytes(staging / WEIGHTS_PICTURE, picture)
                 card = model_card(
@@ -181,6 +181,14 @@ class Proof:
         print(f"\n{table}\n\n{text}\n")
         print(f"The saved {space.noun} is {best.label}, of {self.scorer.study.n_finished} trials; it is in {folder}")
         return whole
+
+    def _picture(self, results: Results) -> bytes | None:
+        """The card's picture; one that cannot be drawn keeps no model from being saved."""
+        try:
+            return weights_picture(results)
+        except Exception as error:  # noqa: BLE001  # of a library whose installation may be broken
+            self.progress.note(" ".join(f"the card has no picture: {type(error).__name__}: {error}".split()))
+            return None
 
     def _write_front(self) -> None:
         """A recipe for each trial than which none is better in all tasks."""
