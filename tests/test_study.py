@@ -150,7 +150,8 @@ def test_lines_that_are_no_scores_are_left_out(tmp_path: Path) -> None:
     run(tmp_path, 3)
     before = (tmp_path / "scores.jsonl").read_text()
     line = json.loads(before.splitlines()[0])
-    for key, value in {"score": "1", "trial": "0", "question": None, "task": 5, "model": [], "split": {}}.items():
+    wrong: dict[str, Any] = {"score": "1", "trial": "0", "question": None, "task": 5, "model": [], "split": {}}
+    for key, value in wrong.items():
         (tmp_path / "scores.jsonl").write_text(before + json.dumps({**line, key: value}) + "\n")
         run(tmp_path, 3)
         assert (tmp_path / "scores.jsonl").read_text() == before
