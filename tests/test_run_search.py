@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,16 @@ def test_several_tasks_as_objectives_leave_a_front_whose_models_can_be_written(t
     assert main(["apply", str(front[-1]), "--output_dir", str(tmp_path / "written")]) == 0
     assert (tmp_path / "written" / "model.safetensors").is_file()
     study._storage._backend.engine.dispose()  # type: ignore[attr-defined]
+
+
+def test_a_library_that_cannot_draw_keeps_no_model_from_being_saved(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(flags(trio, output, "--n_trials", "3")) == 0
+    assert {"README.md", "model.safetensors", "recipe.yaml"} <= {path.name for path in (output / "best").iterdir()}
+    assert "the card has no picture: ModuleNotFoundError" in capsys.readouterr().err
 
 
 def test_with_one_task_there_is_one_objective(trio: Trio, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from optuna.distributions import FloatDistribution
 
 from tvmerge.errors import RunError, StudyError
 from tvmerge.evaluators import QuestionScore, Scored
-from tvmerge.storage import STUDY_NAME, shown_url
+from tvmerge.storage import STUDY_NAME, deletion_is_said, shown_url
 from tvmerge.study import MergeStudy
 from tvmerge.trial_queue import StudyPlan
 
@@ -131,12 +132,28 @@ def test_lost_scores_are_restored(tmp_path: Path) -> None:
     assert log.read_bytes() == before
 
 
+def test_a_study_that_is_deleted_meanwhile_ends_the_run_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = open_study(tmp_path, heartbeat=0.05)
+    study.run_trial(score)
+    optuna.delete_study(study_name="tvmerge", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    time.sleep(0.3)  # the heartbeat looks too
+    with pytest.raises(RunError, match="study tvmerge was deleted meanwhile"), deletion_is_said("tvmerge"):
+        study.run_trial(score)
+    study.close()
+    assert "Traceback" not in capsys.readouterr().err
+    with pytest.raises(KeyError, match="another"), deletion_is_said("tvmerge"):
+        raise KeyError("another")
+    assert len(run(tmp_path, 3)) == 3
+
+
 def test_lines_that_are_no_scores_are_left_out(tmp_path: Path) -> None:
     run(tmp_path, 3)
     before = (tmp_path / "scores.jsonl").read_text()
     line = json.loads(before.splitlines()[0])
-    broken: dict[str, object] = {"score": "1", "trial": "0", "question": None, "task": 5, "model": [], "split": {}}
-    for key, value in broken.items():
+    wrong: dict[str, Any] = {"score": "1", "trial": "0", "question": None, "task": 5, "model": [], "split": {}}
+    for key, value in wrong.items():
         (tmp_path / "scores.jsonl").write_text(before + json.dumps({**line, key: value}) + "\n")
         run(tmp_path, 3)
         assert (tmp_path / "scores.jsonl").read_text() == before

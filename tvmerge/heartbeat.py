@@ -87,7 +87,7 @@ class Heartbeat:
             try:
                 self._beat()
                 self._look()
-            except STORAGE_ERRORS:  # the next time, perhaps: the run itself says it if the storage has gone
+            except (*STORAGE_ERRORS, KeyError):  # the next time, perhaps: the run says what has gone
                 pass
             if self._deadline is not None and time.monotonic() > self._deadline:
                 self._end_process()

@@ -23,7 +23,7 @@ from tvmerge.rebuild import ROUTER_FILE
 from tvmerge.report.page import write_report
 from tvmerge.results import Results, trial_rows
 from tvmerge.scoring import Ask, Scorer, open_questions, open_space, study_plan
-from tvmerge.storage import STORAGE_ERRORS, STUDY_FILE, STUDY_NAME, has_study, reason_of, shown_url
+from tvmerge.storage import STORAGE_ERRORS, STUDY_FILE, STUDY_NAME, deletion_is_said, has_study, reason_of, shown_url
 from tvmerge.study import MergeStudy
 from tvmerge.trial_queue import StudyPlan
 
@@ -92,7 +92,8 @@ def _search(config: SearchConfig, output: Path, device: str, ask: Ask) -> None:
         _write_down(config, output, study)
         loggers = open_loggers(config.logger_names, settings=_shown(config), folder=output)
         try:
-            SearchRun(output, Scorer(config, space, study, model, asked, questions), loggers).run()
+            with deletion_is_said(_study_name(config, output)):
+                SearchRun(output, Scorer(config, space, study, model, asked, questions), loggers).run()
         finally:
             loggers.close()
     except STORAGE_ERRORS as error:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
 import optuna
 from optuna.exceptions import OptunaError
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import NOT_FOUND_MSG
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import SQLAlchemyError
 
-from tvmerge.errors import ConfigError, StudyError
+from tvmerge.errors import ConfigError, RunError, StudyError
 
 __all__ = [
     "PATIENCE",
@@ -22,6 +25,7 @@ __all__ = [
     "STUDY_FILE",
     "STUDY_NAME",
     "absolute_url",
+    "deletion_is_said",
     "file_url",
     "has_study",
     "only_study",
@@ -166,6 +170,21 @@ def has_study(url: str | None, output: Path, name: str) -> bool:
     finally:
         storage.remove_session()
         storage.engine.dispose()
+
+
+@contextmanager
+def deletion_is_said(name: str) -> Iterator[None]:
+    """Say that a study has gone, as whoever opens a dashboard can delete it.
+
+    Raises:
+        RunError: it was deleted meanwhile.
+    """
+    try:
+        yield
+    except KeyError as error:
+        if error.args != (NOT_FOUND_MSG,):
+            raise
+        raise RunError(f"study {name} was deleted meanwhile: the search's command begins it anew") from error
 
 
 def reason_of(error: Exception) -> str:

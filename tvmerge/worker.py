@@ -27,6 +27,7 @@ from tvmerge.storage import (
     STORAGE_ERRORS,
     STUDY_FILE,
     absolute_url,
+    deletion_is_said,
     file_url,
     only_study,
     open_storage,
@@ -82,7 +83,8 @@ def work(config: WorkerConfig) -> None:
         try:
             model = space.open_model(device=device, recall=study.recall)
             asked = questions.open_model(model, tokens=study.recall("batch_tokens"))
-            _do_trials(Scorer(joined.config, space, study, model, asked, questions))
+            with deletion_is_said(joined.name):
+                _do_trials(Scorer(joined.config, space, study, model, asked, questions))
         except STORAGE_ERRORS as error:
             raise RunError(f"study {joined.name}: cannot be written ({reason_of(error)})") from error
         finally:
