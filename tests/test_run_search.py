@@ -174,3 +174,14 @@ def test_with_one_task_there_is_one_objective(trio: Trio, tmp_path: Path) -> Non
     command[command.index("tiny_choice,tiny_extract")] = "tiny_choice"
     assert main(command) == 0
     assert not (output / "pareto").exists()
+
+
+def test_a_database_study_belongs_to_one_search(trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shared = ["--storage", f"sqlite:///{tmp_path / 'all.db'}", "--study_name", "ours", "--n_trials", "4"]
+    assert main(flags(trio, tmp_path / "one", *shared)) == 0
+    assert main(flags(trio, tmp_path / "one", *shared)) == 0
+    capsys.readouterr()
+    assert main(flags(trio, tmp_path / "two", *shared)) == 2
+    error = capsys.readouterr().err
+    assert "study ours belongs to the search of --output_dir" in error
+    assert error.count("\n") == 1

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from tvmerge.config import JglueConfig, MtBenchConfig, SearchConfig
-from tvmerge.errors import RunError
+from tvmerge.errors import RunError, StudyError
 from tvmerge.files import check_output, local_path, remove_staged, write_text
 from tvmerge.loggers import Loggers, check_loggers, open_loggers
 from tvmerge.models.device import choose_device
@@ -80,6 +80,8 @@ def _search(config: SearchConfig, output: Path, device: str, ask: Ask) -> None:
     # A study that is there may refuse, which is said before a model is loaded. One that is not is made last.
     study = study_of() if is_there else None
     try:
+        if study is not None:
+            _check_owner(study, output, config)
         # What a study without a finished trial recalls may be made anew.
         recall = study.recall if study is not None and study.n_finished else _nothing
         model = space.open_model(device=device, recall=recall)
@@ -114,6 +116,16 @@ def _open_study(config: SearchConfig, output: Path, plan: StudyPlan) -> MergeStu
         heartbeat=config.heartbeat,
         trial_timeout=config.trial_timeout,
     )
+
+
+def _check_owner(study: MergeStudy, output: Path, config: SearchConfig) -> None:
+    """Refuse a study in a database that another search works on: both would take up the same trials."""
+    known = (study.recall("run") or {}).get("output", str(output.resolve()))
+    if config.storage is not None and known != str(output.resolve()):
+        raise StudyError(
+            f"study {_study_name(config, output)} belongs to the search of --output_dir {known}: name that folder, or "
+            "another --study_name; tvmerge worker joins it"
+        )
 
 
 def _nothing(key: str) -> None:
