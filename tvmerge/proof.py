@@ -164,7 +164,7 @@ class Proof:
                 for name, content in about.items():
                     write_bytes(staging / name, content)
         for name, content in about.items():  # of the same model, after more trials
-            if not (folder / name).is_file() or (folder / name).read_bytes() != content:
+            if not (folder / name).is_file() or not _says_the_same(folder / name, content, whole):
                 write_bytes(folder / name, content)
         if self.scorer.study.plan.objectives:
             self._write_front()
@@ -247,7 +247,8 @@ def choose(candidates: Sequence[Candidate], goals: Goals) -> tuple[int, str]:
     best = max(better, key=lambda n: (mean_score(candidates[n].scores, goals) or 0.0, -n))
     return (
         best,
-        f"The search recommends another merge, which is clearly worse than {candidates[best].label}: that is saved.",
+        f"The search recommends another merge, which is clearly worse than {candidates[best].label}: that is saved. It was "
+        "chosen by the questions of the table, so that its gains are a little too good.",
     )
 
 
@@ -262,6 +263,14 @@ def _name(column: Column) -> str:
     if column.trial is None:
         return name
     return trial_name(column.trial) if column.model == "merge" else f"{name}-{trial_name(column.trial)}"
+
+
+def _says_the_same(path: Path, content: bytes, results: Results) -> bool:
+    """Whether a file is what it is to be; a card may have been edited, as long as it says how good the model is."""
+    found = path.read_bytes()
+    if path.name != CARD or found == content:
+        return found == content
+    return results.table.encode() in found and results.verdict.encode() in found
 
 
 def _is_written(space: Space, recipe: Recipe, folder: Path) -> bool:
