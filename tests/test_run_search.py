@@ -165,7 +165,7 @@ def test_a_library_that_cannot_draw_keeps_no_model_from_being_saved(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(flags(trio, output, "--n_trials", "3")) == 0
     assert {"README.md", "model.safetensors", "recipe.yaml"} <= {path.name for path in (output / "best").iterdir()}
-    assert "the card has no picture: ModuleNotFoundError" in capsys.readouterr().err
+    assert "weights.png: was not drawn: ModuleNotFoundError" in capsys.readouterr().err
 
 
 def test_with_one_task_there_is_one_objective(trio: Trio, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ class Proof:
         try:
             picture = weights_picture(results)
         except Exception as error:  # noqa: BLE001  # the model is worth more than its picture
-            self.progress.note(" ".join(f"{WEIGHTS_PICTURE} was not drawn: {type(error).__name__}: {error}".split()))
+            self.progress.note(" ".join(f"{WEIGHTS_PICTURE}: was not drawn: {type(error).__name__}: {error}".split()))
             picture = None
         card = model_card(
             recipe,
@@ -247,8 +247,8 @@ def choose(candidates: Sequence[Candidate], goals: Goals) -> tuple[int, str]:
     best = max(better, key=lambda n: (mean_score(candidates[n].scores, goals) or 0.0, -n))
     return (
         best,
-        f"The search recommends another merge, which is clearly worse than {candidates[best].label}: that is saved. It was "
-        "chosen by the questions of the table, so that its gains are a little too good.",
+        f"The search recommends another merge, which is clearly worse than {candidates[best].label}: that is saved. "
+        "It was chosen by the questions of the table, so that its gains are a little too good.",
     )
 
 
