@@ -18,6 +18,7 @@ from test_run import flags, trials
 from tvmerge.cli import main
 from tvmerge.evaluators import QuestionScore
 from tvmerge.proof import choose
+from tvmerge.report.tables import score_table, verdict
 from tvmerge.results import Candidate
 from tvmerge.samplers import Recommendation
 from tvmerge.study import MergeStudy
@@ -185,3 +186,31 @@ def test_a_database_study_belongs_to_one_search(trio: Trio, tmp_path: Path, caps
     error = capsys.readouterr().err
     assert "study ours belongs to the search of --output_dir" in error
     assert error.count("\n") == 1
+
+
+def test_every_figure_that_is_printed_follows_from_the_log_of_scores(
+    trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert main(flags(trio, output, "--n_trials", "9")) == 0
+    printed = capsys.readouterr().out
+    of_model: dict[tuple[str, int | None], list[QuestionScore]] = {}
+    for text in (output / "scores.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        if line["split"] == "heldout":
+            score = QuestionScore(line["task"], line["question"], line["score"])
+            of_model.setdefault((line["model"], line["trial"]), []).append(score)
+    head = next(line for line in printed.splitlines() if line.startswith("| task"))
+    labels = [cell.strip() for cell in head.split("|")[3:-1]]
+    uniform = [0.0, 1.0, 0.5, 1.5, 0.75, 0.25, 1.25]
+    candidates = []
+    for label in labels:
+        number = re.search(r"\((?:trial )?([\d.]+)\)", label)
+        key: tuple[str, int | None] = (label, None)
+        if label in ("target", "uniform 1"):
+            key = "merge", labels.index(label) and 1
+        elif number is not None:
+            key = "merge", uniform.index(float(number[1])) if "uniform" in label else int(number[1])
+        candidates.append(Candidate(label, of_model[key], is_target=label == "target"))
+    assert score_table(candidates) in printed
+    assert verdict(candidates[-1], candidates[:-1], heldout=True) in printed
