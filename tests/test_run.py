@@ -252,7 +252,7 @@ def test_a_run_that_dies_after_its_trials_ends_like_one_that_does_not(
     shutil.copytree(finished, output)
     (output / "best" / "recipe.yaml").write_text("tvmerge: of an older version\n")
     lines = (output / "scores.jsonl").read_text().splitlines(keepends=True)
-    (output / "scores.jsonl").write_text("".join(line for line in lines if '"split": "search"' in line))
+    (output / "scores.jsonl").write_text("".join(line for line in lines if '"merge"' in line and '"search"' in line))
     command = [sys.executable, "-c", DIE, module, name, str(n), *flags(trio, output)]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 9
     assert main(flags(trio, output)) == 0
