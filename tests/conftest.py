@@ -14,8 +14,6 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-# A shell that starts the tests in the background has them ignore Ctrl-C, and with them all processes that they start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
@@ -27,6 +25,9 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 from tvmerge.checkpoint import Checkpoint
 from tvmerge.hub import resolve
 from tvmerge.writer import write_weights
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and with them all processes that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 TASKS = Path(__file__).parent / "tasks"
