@@ -276,7 +276,7 @@ def test_workers_say_in_one_line_what_is_not_there(
     )
     assert "none.db: there is no such file" in refuse(capsys, "--storage", f"sqlite:///{tmp_path}/none.db")
     assert not (tmp_path / "none.db").exists()
-    assert "leave out slashes" in refuse(capsys, "--output_dir", str(small), "--name", "../../elsewhere")
+    assert "--name must be letters" in refuse(capsys, "--output_dir", str(small), "--name", "../../elsewhere")
     assert "refused" in refused
 
 
