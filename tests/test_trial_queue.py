@@ -15,7 +15,7 @@ from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from tvmerge.evaluators import QuestionScore
-from tvmerge.heartbeat import MAX_REPEATS, Heartbeat, hand_back
+from tvmerge.heartbeat import MAX_REPEATS, SLOWEST, Heartbeat, hand_back
 from tvmerge.storage import file_url, open_storage
 from tvmerge.trial_queue import MAIN, Claim, StudyPlan, TrialQueue
 
@@ -152,6 +152,18 @@ def test_a_watcher_that_slept_takes_nobody_for_dead(
     wait_for(lambda: watcher.trial(0).user_attrs["beat"] != last)
     assert "repeats" not in watcher.trial(0).user_attrs
     assert living.end(claim)
+
+
+def test_a_worker_that_leaves_few_signs_is_not_dead(worker: Callable[..., Worker]) -> None:
+    slow, hasty = worker("a", beat=20 * BEAT), worker("b", beat=BEAT)
+    slow.storage.set_study_user_attr(slow.storage.get_study_id_from_name("s"), SLOWEST, 20 * BEAT)
+    claim = slow.claim()
+    time.sleep(30 * BEAT)
+    assert "repeats" not in hasty.trial(0).user_attrs
+    assert slow.heartbeat is not None
+    slow.heartbeat.stop()
+    wait_for(lambda: hasty.trial(0).user_attrs.get("repeats") == 1)
+    assert not slow.end(claim)
 
 
 def test_a_hand_back_that_comes_late_takes_a_trial_from_nobody(worker: Callable[..., Worker]) -> None:

@@ -24,10 +24,12 @@ from tvmerge.search import BASELINES
 from tvmerge.storage import STORAGE_ERRORS
 from tvmerge.trial_table import change_trial
 
-__all__ = ["MAX_REPEATS", "MISSES", "Heartbeat", "hand_back"]
+__all__ = ["MAX_REPEATS", "MISSES", "SLOWEST", "Heartbeat", "hand_back"]
 
-#: Looks without a new sign after which a worker counts as dead.
+#: Looks without a new sign after which a worker counts as dead, where all leave them equally often.
 MISSES = 4
+#: The attribute of a study that holds the longest interval of all of its workers.
+SLOWEST = "heartbeat"
 #: How often a trial is run again whose worker has died: one that kills every worker must not go around for ever.
 MAX_REPEATS = 2
 #: Seconds beyond the limit of a trial after which its process is ended, as it hangs where nothing can interrupt it. For
@@ -108,11 +110,16 @@ class Heartbeat:
             sign = trial.user_attrs.get("worker"), trial.user_attrs.get("beat")
             last, misses = self._seen.get(trial._trial_id, (None, 0))
             misses = misses + 1 if last == sign else 0
-            if misses < MISSES:
+            if misses < MISSES * self._longest() / self._interval:
                 seen[trial._trial_id] = sign, misses
                 continue
             hand_back(self._storage, trial, reason=f"its worker {sign[0]} gave no sign of life")
         self._seen = seen
+
+    def _longest(self) -> float:
+        """Seconds between the signs of the worker that leaves the fewest."""
+        slowest: float = self._storage.get_study_user_attrs(self._study_id).get(SLOWEST, 0.0)
+        return max(slowest, self._interval)
 
     def _end_process(self) -> None:
         with suppress(*STORAGE_ERRORS):  # then the next process notices that it was not ended

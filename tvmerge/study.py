@@ -27,7 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tvmerge.errors import InputError, RunError, StopError, StudyError, TrialTimeout
 from tvmerge.evaluators import QuestionScore, Scored, mean_score, task_scores
 from tvmerge.files import remove_staged
-from tvmerge.heartbeat import Heartbeat
+from tvmerge.heartbeat import SLOWEST, Heartbeat
 from tvmerge.models.batching import is_out_of_memory
 from tvmerge.pruning import Other, TrialStopped
 from tvmerge.samplers import Recommendation, pareto_front, recommend
@@ -102,6 +102,7 @@ class MergeStudy:
             self._trials = self._queue.trials
             self._begin(is_new=is_new)
             study_id = self._opened.get_study_id_from_name(name)
+            self.remember(SLOWEST, max(heartbeat, self.recall(SLOWEST) or 0.0))
             self._heartbeat = Heartbeat(self._opened, study_id, worker=worker, interval=heartbeat)
         except STORAGE_ERRORS as error:
             self.close()

@@ -6,7 +6,6 @@ one too (trial_table.py), so that of several that try one does.
 
 from __future__ import annotations
 
-import math
 import secrets
 import zlib
 from collections.abc import Mapping, Sequence
@@ -168,8 +167,9 @@ class TrialQueue:
         """What Optuna is to maximise."""
         if not self._plan.objectives:
             return [score]
-        means, shares = task_scores(scores), task_shares(task_scores(scores), self._plan.goals)
-        return [math.copysign(1.0, shares[task]) * (means[task] or 0.0) for task in self._plan.objectives]
+        means = {task: mean for task, mean in task_scores(scores).items() if mean is not None}
+        shares = task_shares(means, self._plan.goals)
+        return [means[task] if shares[task] > 0 else -means[task] for task in self._plan.objectives]
 
     def end(
         self,
