@@ -136,12 +136,15 @@ def test_values_too_large_for_float16_models_end_an_apply(
 def test_a_trial_whose_values_are_too_large_for_the_dtype_fails_and_is_never_the_best(
     trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    large = ("--dtype", "float16", "--weight_max", "100000000", "--n_trials", "9")
+    large = ("--dtype", "float16", "--weight_max", "100000000", "--n_trials", "4")
+    large = (*large, "--optuna_sampler", "random", "--search", "flat")  # RSM would not go there
     assert main(flags(trio, tmp_path / "out", "--optimize_mode", "uniform", *large)) == 0
     said = capsys.readouterr().err
-    assert "trial 7: RunError: " in said
-    assert "has values that float16 cannot hold: use --dtype bfloat16 or float32" in said
-    assert [number for number, *_ in trials(tmp_path / "out")] == list(range(7))
+    for number in (2, 3):
+        assert re.search(
+            rf"trial {number}: RunError: \S+ has values that float16 cannot hold: use --dtype bfloat16 or float32", said
+        )
+    assert [number for number, *_ in trials(tmp_path / "out")] == [0, 1]
 
 
 def test_an_adapter_for_another_base_is_refused(trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
