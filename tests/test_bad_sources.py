@@ -137,8 +137,8 @@ def test_a_trial_whose_values_are_too_large_for_the_dtype_fails_and_is_never_the
     trio: Trio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     large = ("--dtype", "float16", "--weight_max", "100000000", "--n_trials", "4")
-    large = (*large, "--optuna_sampler", "random", "--search", "flat")  # RSM would not go there
-    assert main(flags(trio, tmp_path / "out", "--optimize_mode", "uniform", *large)) == 0
+    there = ("--optimize_mode", "uniform", "--optuna_sampler", "random", "--search", "flat")  # RSM would not go
+    assert main(flags(trio, tmp_path / "out", *there, *large)) == 0
     said = capsys.readouterr().err
     for number in (2, 3):
         assert re.search(
