@@ -125,10 +125,12 @@ def check_all_done(found: list[FrozenTrial], output: Path) -> None:
     assert [t.number for t in found] == list(range(N_TRIALS))
     assert {t.state for t in found} == {TrialState.COMPLETE}
     # The first ones have one weight for all, which may be a given one.
-    searched = [json.dumps(t.user_attrs["weights"], sort_keys=True) for t in found[N_START:]]
-    assert len(set(searched)) == N_TRIALS - N_START
+    tried = [json.dumps(t.user_attrs["weights"], sort_keys=True) for t in found[N_START:]]
+    assert len(set(tried)) == N_TRIALS - N_START
     lines = [json.loads(line) for line in (output / "scores.jsonl").read_text().splitlines()]
-    counts = Counter((line["trial"], line["question"]) for line in lines if line["split"] == "search")
+    # What is recommended is scored on these questions too, unless it is one of the trials.
+    searched = [line for line in lines if line["split"] == "search" and line["trial"] is not None]
+    counts = Counter((line["trial"], line["question"]) for line in searched)
     assert set(counts.values()) == {1}
     assert Counter(number for number, _ in counts) == dict.fromkeys(range(N_TRIALS), N_QUESTIONS)
     assert (output / "best" / "recipe.yaml").is_file()

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from tvmerge.samplers import cma_es
 from tvmerge.samplers.observations import Observations, observe
-from tvmerge.samplers.rsm import believe, cautious
+from tvmerge.samplers.rsm import Belief, believe, cautious
 
 __all__ = ["Recommendation", "pareto_front", "recommend"]
 
@@ -84,7 +84,7 @@ def pareto_front(trials: Sequence[FrozenTrial]) -> list[int]:
 
 
 def _of_models(seen: Observations, noise: float | None) -> tuple[Floats, Recommendation] | None:
-    """Halfway between what a surface and what CMA-ES make of the trials, whoever chose them.
+    """Between what a surface and what CMA-ES make of the trials, whoever chose them.
 
     A surface is soon right where it fits and goes wrong where it does not, the mean of CMA-ES is slow and goes wrong
     nowhere: perf/README.md has what each of them finds, alone and together.
@@ -92,10 +92,23 @@ def _of_models(seen: Observations, noise: float | None) -> tuple[Floats, Recomme
     belief = believe(seen, noise=noise)
     if belief is None:
         return None
-    x = 0.5 * (seen.at(cautious(belief)) + cma_es.mean_point(seen))
+    z, evolved = cautious(belief), cma_es.evolved(seen)
+    share = 0.5 if evolved.generation else _signal(belief, z)
+    x = share * seen.at(z) + (1 - share) * cma_es.mean_point(seen)
     mean, sd = (float(each[0]) for each in belief.surface.predict(seen.along(x[None], belief.surface.k)))
     sd *= student95(max(len(seen.scores) - len(belief.surface.mean), 3))
     return x, Recommendation({}, belief.model, mean, (mean - sd, mean + sd))
+
+
+def _signal(belief: Belief, z: Floats) -> float:
+    """The share of what a surface says of a point `(k,)` that is no noise, at least a half.
+
+    Until CMA-ES has ended a generation its mean is the best uniform weight, and to go a share of the way from there is
+    to shrink: of a gain of t standard deviations 1 − 1/t² is signal (Efron and Morris 1973, Stein's estimation rule and
+    its competitors).
+    """
+    mean, sd = (float(each[0]) for each in belief.surface.differences(z[None]))
+    return max(0.5, 1 - (sd / mean) ** 2) if mean > 0 else 0.5
 
 
 def student95(freedom: int) -> float:
