@@ -10,25 +10,27 @@ takes five seconds; the first of each call is one of its own.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
 import select
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import optuna
 from conftest import ROOT, TASKS, Trio, save_mistral
-from judge_server import KEY, JudgeServer
+from judge_server import KEY, JudgeServer, rating_of
 from optuna.storages import RDBStorage
 
 #: Runs the command line and writes down what it begins. With "-" it does so in a fork for each line of its input.
@@ -237,9 +239,10 @@ class Harness:
         self, processes: Processes, output: Path, generator: random.Random, whole: float, found: Found, kills: int
     ) -> None:
         found.rounds += 1
-        unanswered: Counter[str] = Counter()
+        n_kills = 0
         while True:
             done, n_events = done_in(output), len(processes.events())
+            paid, asked = paid_in(output), self._judged()
             is_last = found.kills.total() >= kills
             # Half of them at any second of a run, the others once it has begun so many trials or models.
             moments = [(0, generator.uniform(0, whole)), (generator.randint(1, 6), generator.uniform(0, 0.2))]
@@ -249,22 +252,22 @@ class Harness:
             begun = [tuple(event) for event in processes.events()[n_events:]]
             assert not done & set(begun), f"done twice: {sorted(done & set(begun), key=str)}"
             assert len(set(begun)) == len(begun)
+            again = {prompt for prompt in (self._judged() - asked) if answer_to(prompt) in paid}
+            assert not again, "a judgment was paid again"
             if status == 0:
                 break
             assert status == -signal.SIGKILL, processes.errors()
             found.kills[begun[-1][0] if begun else "start"] += 1
-            if self.server is not None:
-                time.sleep(0.1)  # requests that had been sent by then are counted
-                unanswered.update(request.prompt for request in self.server.requests[-self.at_once :])
-        if self.server is not None:
-            twice = {prompt: n - 1 for prompt, n in self._judged().items() if n > 1}
-            assert all(n <= unanswered[prompt] for prompt, n in twice.items()), "a judgment was paid again"
-            found.requests += sum(self._judged().values())
-            found.judgments += len(self._judged())
+            n_kills += 1
+        lost = self._judged().total() - len(self._judged())
+        assert lost <= n_kills * self.at_once, f"{n_kills} kills lost {lost} replies"
+        found.requests += self._judged().total()
+        found.judgments += len(self._judged())
 
-    def _judged(self) -> dict[str, int]:
-        assert self.server is not None
-        return {prompt: n for prompt, n in self.server.asked.items() if not prompt.startswith("Reply with [[1]]")}
+    def _judged(self) -> Counter[str]:
+        """How often each prompt was asked."""
+        asked = {} if self.server is None else self.server.asked
+        return Counter({prompt: n for prompt, n in asked.items() if not prompt.startswith("Reply with [[1]]")})
 
     @staticmethod
     def _compare(expected: Path, output: Path) -> None:
@@ -273,6 +276,21 @@ class Harness:
         ours, theirs = (sorted((each / "scores.jsonl").read_text().splitlines()) for each in (output, expected))
         assert ours == theirs
         assert not [path.name for path in output.iterdir() if path.name.endswith(".tmp")]
+
+
+def answer_to(prompt: str) -> str:
+    """What the judge answers: the prompt can be told from it."""
+    return f"{hashlib.sha256(prompt.encode()).hexdigest()}\nRating: [[{rating_of(prompt)}]]"
+
+
+def paid_in(output: Path) -> set[str]:
+    """The answers of the judge that are kept."""
+    path = output.parent / "cache" / "tvmerge" / "judgments.db"
+    if not path.exists():
+        return set()
+    with closing(sqlite3.connect(path)) as cache:
+        has_table = cache.execute("SELECT name FROM sqlite_master WHERE name = 'completions'").fetchone()
+        return {text for (text,) in cache.execute("SELECT text FROM completions")} if has_table else set()
 
 
 def jglue(trio: Trio, folder: Path) -> Harness:
@@ -297,6 +315,7 @@ def mt_bench(trio: Trio, folder: Path, server: JudgeServer) -> Harness:
     text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     (questions / "question.jsonl").write_text(text, encoding="utf-8")
     server.delay = 0.02
+    server.text = lambda request, _: answer_to(request.prompt)
     return Harness(
         folder,
         lambda output: [

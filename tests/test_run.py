@@ -261,6 +261,22 @@ def test_a_run_that_dies_after_its_trials_ends_like_one_that_does_not(
     assert not [path for path in output.iterdir() if path.name.endswith(".tmp")]
 
 
+def test_what_kills_left_of_files_is_removed(trio: Trio, finished: Path, tmp_path: Path) -> None:
+    output = tmp_path / "killed"
+    shutil.copytree(finished, output)
+    die = (
+        "import os, sys; from pathlib import Path; from tvmerge.files import write_bytes; "
+        "os.fsync = lambda _: os._exit(9); write_bytes(Path(sys.argv[1]), b'half')"
+    )
+    for name in ("score_by_trial.png", "config.yaml", "best/README.md"):
+        command = [sys.executable, "-c", die, str(output / name)]
+        assert subprocess.run(command, cwd=ROOT, check=False).returncode == 9
+    assert len(list(output.rglob("*.tmp"))) == 3
+    (output / ".notes.tmp").write_text("mine")
+    assert main(flags(trio, output)) == 0
+    assert [path.name for path in output.rglob("*.tmp")] == [".notes.tmp"]
+
+
 def test_ctrl_c_keeps_everything_and_says_how_to_go_on(trio: Trio, finished: Path, tmp_path: Path) -> None:
     output = tmp_path / "interrupted"
     # So many trials that it cannot have ended before it is interrupted.

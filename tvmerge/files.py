@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +22,9 @@ __all__ = [
     "write_bytes",
     "write_text",
 ]
+
+#: Names of files and folders that are being written: with the number of a process, or as tempfile.mkdtemp makes them.
+STAGED = re.compile(r"\..+\.(\d+|[a-z0-9_]{8})\.tmp")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -71,14 +75,18 @@ def staged_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def remove_staged(directory: Path, name: str) -> None:
-    """Remove what a kill left of a folder or a file that was being written. No other process may be at work there."""
-    for leftover in directory.iterdir():
-        if leftover.name.startswith(f".{name}.") and leftover.name.endswith(".tmp"):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+def remove_staged(directory: Path) -> None:
+    """Remove what a kill left of files and folders that were being written into a folder.
+
+    No other process may be at work there.
+    """
+    for leftover in directory.iterdir() if directory.is_dir() else ():
+        if not STAGED.fullmatch(leftover.name):
+            continue
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def local_path(text: str, *, flag: str) -> Path:

@@ -19,7 +19,6 @@ from tvmerge.loggers import Loggers, check_loggers, open_loggers
 from tvmerge.models.device import choose_device
 from tvmerge.progress import RunProgress
 from tvmerge.proof import Proof
-from tvmerge.rebuild import ROUTER_FILE
 from tvmerge.report.page import write_report
 from tvmerge.results import Results, trial_rows
 from tvmerge.scoring import Ask, Scorer, open_questions, open_space, study_plan
@@ -138,8 +137,7 @@ def _study_name(config: SearchConfig, output: Path) -> str:
 
 def _write_down(config: SearchConfig, output: Path, study: MergeStudy) -> None:
     """Write the configuration, for the user and for workers, and remove what a kill left."""
-    for name in ("best", "scores.jsonl", "config.yaml", "report.html", ROUTER_FILE):
-        remove_staged(output, name)
+    remove_staged(output / "best")
     resolved = {**_shown(config), "n_trials": max(config.n_trials, study.n_finished)}
     write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     command = "jglue" if isinstance(config, JglueConfig) else "mt_bench"

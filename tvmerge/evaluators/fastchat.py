@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tvmerge.evaluators.bench import BenchQuestion
-from tvmerge.files import write_text
+from tvmerge.files import remove_staged, write_text
 from tvmerge.judges import Judgment
 
 __all__ = ["FastChatFiles", "Rated", "Talk"]
@@ -56,6 +56,8 @@ class FastChatFiles:
 
     def keep(self, is_wanted: Callable[[str], bool]) -> None:
         """Drop the answers and judgments of all other models: what a kill left of a trial must not count."""
+        remove_staged(self._answers)
+        remove_staged(self._judgments.parent)
         for path in self._answers.glob("*.jsonl"):
             if not is_wanted(path.stem):
                 path.unlink()
