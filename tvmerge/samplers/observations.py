@@ -25,7 +25,7 @@ N_START = 8
 START_GRID = (0.5, 0.25, 0.75, 0.375, 0.625)
 START_STEPS = (0.0, 0.12, -0.12)
 #: Half the width of the box around the best uniform weight.
-BOX = 0.4
+BOX = 0.8
 
 
 @dataclass(frozen=True)
