@@ -60,6 +60,20 @@ def best_of(*scores: QuestionScore) -> Candidate:
     return Candidate("best", scores)
 
 
+@pytest.mark.parametrize(
+    ("granularity", "said"),
+    [
+        ("uniform", "with one weight."),
+        ("layer", "with one weight per layer."),
+        ("block:4", "with one weight per 4 layers."),
+        ("parameter", "with one weight per kind of parameter."),
+        ("all", "with one weight per tensor."),
+    ],
+)
+def test_card_says_what_a_weight_is_of(granularity: str, said: str) -> None:
+    assert said in card_of(recipe_of(granularity=granularity))
+
+
 def test_card_names_hub_models_and_no_folder_in_its_header() -> None:
     card = card_of(recipe_of())
     assert header_of(card) == {

@@ -73,7 +73,10 @@ def assert_refused(arguments: list[str], message: str, output: Path, capsys: pyt
         (["--study_name", "", "--storage", "sqlite:///a.db"], "give --storage too"),
         (["--weight_min", "1", "--weight_max", "1"], "--weight_min must be less than --weight_max, got 1.0 and 1.0"),
         (["--weight_max", ".inf"], "--weight_max must be a number that float32 can hold"),
-        (["--weight_min", "abc"], "Got value: abc"),
+        (["--weight_min", "abc"], "--weight_min abc: is not a number (see tvmerge jglue --help)"),
+        (["--n_trials", "2.5"], "--n_trials 2.5: is not a whole number"),
+        (["--vocabulary", "smae"], "--vocabulary smae: is not one of same, intersect, union"),
+        (["--optimise_mode", "layer"], "is optimize_mode meant?"),
         (["--jglue_limit", "5,6,7"], "--jglue_limit must be one number or one for each of the 2 tasks, got 3"),
         (["--jglue_limit", "5,x"], "--jglue_limit must be whole numbers"),
         (["--jglue_limit", "0"], "--jglue_limit must be at least 1"),
@@ -184,6 +187,8 @@ def test_a_bad_output_folder_is_refused(trio: Trio, tmp_path: Path, capsys: pyte
     assert_refused(flags(trio, tmp_path / "link" / "x"), "is a link to nowhere", tmp_path / "nowhere", capsys)
     assert_refused(flags(trio, Path("~nobody.here/x")), "~nobody.here/x", tmp_path / "out", capsys)
     assert_refused(flags(trio, tmp_path / ("x" * 300)), "File name too long", tmp_path / "out", capsys)
+    if Path("/proc").is_dir():  # where even root can make nothing
+        assert_refused(flags(trio, Path("/proc/out")), "name another folder", Path("/proc/out"), capsys)
     foreign = tmp_path / "foreign"
     (foreign / "best").mkdir(parents=True)
     assert_refused(flags(trio, foreign), "holds a 'best' that no study made", foreign, capsys)
@@ -202,7 +207,7 @@ def test_a_folder_without_permission_is_refused(trio: Trio, tmp_path: Path, caps
         ([], "command"),
         (["merge"], "merge"),
         (["jglue"], "target_model"),
-        (["apply"], "recipe"),
+        (["apply"], "arguments are required: --output_dir, recipe (see tvmerge apply --help)"),
         (["apply", "none.yaml", "--output_dir", "out"], "none.yaml: no such recipe"),
         (["apply", "none.yaml", "--output_dir", ""], "--output_dir is empty"),
     ],
@@ -252,13 +257,16 @@ def test_a_configuration_with_an_unknown_key_is_refused(
 ) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("n_trails: 7\n")
-    assert_refused(flags(trio, tmp_path / "out", "--config", str(file)), "n_trails", tmp_path / "out", capsys)
+    message = f"--config {file}: Subcommand 'jglue' does not accept option 'n_trails': is n_trials meant?"
+    assert_refused(flags(trio, tmp_path / "out", "--config", str(file)), message, tmp_path / "out", capsys)
+    assert_refused(flags(trio, tmp_path / "out", f"--config={file}"), message, tmp_path / "out", capsys)
     for setting in ("optuna_sampler", "pruner", "heartbeat"):
         file.write_text(f"{setting}: null\n")
         given = flags(trio, tmp_path / "out", "--config", str(file))
         assert_refused(given, f"{setting} is null", tmp_path / "out", capsys)
     file.write_text("n_trials: [7\n")
-    assert_refused(flags(trio, tmp_path / "out", "--config", str(file)), "parsing", tmp_path / "out", capsys)
+    message = f"--config {file}: Problems parsing config"
+    assert_refused(flags(trio, tmp_path / "out", "--config", str(file)), message, tmp_path / "out", capsys)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])

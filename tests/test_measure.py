@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from lm_eval.api.registry import AGGREGATION_REGISTRY
 
 from tvmerge.errors import TaskError
-from tvmerge.evaluators import QuestionScore, TaskGoal, mean_score, task_shares
+from tvmerge.evaluators import QuestionScore, TaskGoal, mean_score, score_range, task_shares
 from tvmerge.evaluators.measure import Measure, choose_measure
+from tvmerge.samplers import Recommendation
 
 LIKELIHOODS = st.floats(-50, -0.001)
 
@@ -130,6 +131,21 @@ def test_weights_and_directions_make_the_score() -> None:
     assert mean_score(scores, goals) == 0.75 - 0.5
     assert mean_score([QuestionScore("a", 0, None), *scores[1:]], goals) is None
     assert mean_score(scores[2:], goals) is None, "no task counts"
+
+
+def test_the_range_of_a_score_has_the_worst_and_the_best_of_each_task() -> None:
+    scores = [QuestionScore("a", n, score) for n, score in enumerate((0.0, 1.0, None))]
+    scores += [QuestionScore("b", n, score) for n, score in enumerate((2.0, 4.0))]
+    scores += [QuestionScore("shown only", 0, 99.0)]
+    goals = {"a": TaskGoal(weight=3), "b": TaskGoal(higher_is_better=False), "shown only": TaskGoal(weight=0)}
+    assert score_range(scores, goals) == (0.75 * 0 - 0.25 * 4, 0.75 * 1 - 0.25 * 2)
+    assert score_range([]) is None
+
+
+def test_a_prediction_keeps_within_what_can_be() -> None:
+    told = Recommendation({"a": 1.0}, "surface", 1.01, (0.94, 1.08)).within(0.0, 1.0)
+    assert told == Recommendation({"a": 1.0}, "surface", 1.0, (0.94, 1.0))
+    assert Recommendation({}, "best observed", None, None).within(0.0, 1.0).score is None
 
 
 def test_a_perplexity_beyond_all_numbers_is_shown_as_infinite() -> None:

@@ -123,6 +123,14 @@ def test_temperatures_are_no_weights() -> None:
     assert axes_of(replace(results, settings={}), "weight_map")[0].images[0].get_array().shape == (4, 7)
 
 
+def test_a_layer_is_at_one_place_in_all_parts() -> None:
+    names = weight_names("layer", layers=4, prefixes=["expert1/", "expert2/"])
+    names = [name for name in names if not name.startswith("expert2/") or "layers" in name]
+    parts = axes_of(make_results(names, n=30), "weights_by_layer")
+    assert [axes.get_title(loc="left") for axes in parts] == ["expert1", "expert2"]
+    assert len({axes.get_xlim() for axes in parts}) == 1
+
+
 def test_saved_recommended_and_best_observed_are_named_once() -> None:
     results = make_results(weight_names("layer", layers=4), n=20)
     assert list(points(results)) == ["saved (recommended)", "best observed"]

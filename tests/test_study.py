@@ -100,7 +100,9 @@ def test_another_configuration_is_refused_with_what_differs(tmp_path: Path) -> N
     run(tmp_path, 2)
     before = (tmp_path / "scores.jsonl").read_bytes()
     with pytest.raises(StudyError, match="tasks was \\['a'\\] and is \\['b'\\]"):
-        open_study(tmp_path, identity={"mode": "layer", "tasks": ["b"]})
+        open_study(tmp_path, identity={"mode": "layer", "tasks": ["b"], "questions": ["77ab"]})
+    with pytest.raises(StudyError, match="configuration: the questions are others: name another --output_dir"):
+        open_study(tmp_path, identity={"mode": "layer", "tasks": ["a"], "questions": ["77ab"]})
     assert (tmp_path / "scores.jsonl").read_bytes() == before
     assert len(run(tmp_path, 3)) == 3, "the folder still works with its own configuration"
 

@@ -289,7 +289,8 @@ def test_a_worker_finds_its_study_from_any_folder(
     link.symlink_to(small)
     for given in (["--output_dir", "the run"], ["--storage", "sqlite:///the run/study.db"]):
         monkeypatch.chdir(tmp_path)
-        assert main(["worker", "--restart", "false", "--device", "cpu", *given]) == 0, capsys.readouterr().err
+        assert main(["worker", "--restart", "false", "--device", "cpu", *given]) == 0
+        assert " trials are done: there is nothing to do" in capsys.readouterr().err
 
 
 @needs_postgresql

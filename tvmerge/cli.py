@@ -6,6 +6,7 @@ Exit status: 0 done, 1 the run failed, 2 what was given cannot work, 130 interru
 from __future__ import annotations
 
 import argparse
+import difflib
 import gc
 import io
 import json
@@ -135,6 +136,8 @@ GOES_ON = {
     "tvmerge worker": "its trial is handed back",
     "tvmerge push": "nothing was committed",
 }
+#: How jsonargparse calls what a setting is to be, and how people do.
+TYPES = {"<class 'int'>": "a whole number", "<class 'float'>": "a number", "<class 'bool'>": "true or false"}
 #: Settings that are given without a flag.
 POSITIONAL = {"recipe": "a recipe.yaml that a run has written", "mixture": "a YAML file as mergekit-moe reads it"}
 
@@ -185,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except SystemExit as error:  # would end this process as if all were well
             raise TaskError(f"code of a task or of a library ended the run by sys.exit({error.code!r})") from error
     except (argparse.ArgumentError, UnicodeError) as error:
-        return _complain(command, error, status=2, hint=" (see tvmerge --help)")
+        return _complain("tvmerge", _in_our_words(error, sys.argv[1:] if argv is None else argv), status=2)
     except TvmergeError as error:
         if was_interrupted():  # in the midst of what made another error of it
             return _say_interrupted(command)
@@ -289,9 +292,34 @@ def _is_truth(waiting: Sequence[str]) -> bool:
     return bool(waiting) and waiting[0].lower() in {"true", "false"}
 
 
-def _complain(command: str, error: Exception, *, status: int, hint: str = "") -> int:
-    print(f"{command}: error: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+def _complain(command: str, error: Exception | str, *, status: int) -> int:
+    print(f"{command}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
+
+
+def _in_our_words(error: Exception, arguments: Sequence[str]) -> str:
+    """What jsonargparse complains of, with flags as people write them, the file, and what may have been meant."""
+    text = " ".join(str(error).split())
+    command = next((argument for argument in arguments[:1] if argument in COMMANDS), None)
+    known = [field.name for field in fields(COMMANDS[command][0])] if command else []
+    if found := re.fullmatch(r"""Parser key "(\w+)": Expected an? (.+?)\. Got value: (.*)""", text):
+        kind = TYPES.get(found[2], found[2])
+        if names := re.fullmatch(r"typing\.Literal\[(.*)\]", kind):
+            kind = "one of " + names[1].replace("'", "")
+        text = f"--{found[1]} {found[3]}: is not {kind}"
+    text = re.sub(r'^Parser key "(\w+)": ', r"--\1: ", text)
+    if text.startswith("the following arguments are required: "):
+        text = re.sub(rf"\b{command}\.(\w+)", lambda m: m[1] if m[1] in POSITIONAL else f"--{m[1]}", text)
+    elif text.startswith(("Problems parsing config", "Unexpected config", "Subcommand")) and "--config" in (
+        flags := [argument.partition("=")[0] for argument in arguments]
+    ):
+        at = flags.index("--config")
+        file = arguments[at].partition("=")[2] or " ".join(arguments[at + 1 : at + 2])
+        text = f"--config {file}: {text}"
+    if found := re.search(r"(?:unrecognized arguments: --|does not accept option ')(\w+)", text):
+        meant = difflib.get_close_matches(found[1], known, n=1)
+        text += f": is {meant[0]} meant?" if meant else ""
+    return f"{text} (see tvmerge {command + ' ' if command else ''}--help)"
 
 
 def entry() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from tvmerge.config import JglueConfig, MtBenchConfig, SearchConfig
-from tvmerge.errors import RunError, StudyError
+from tvmerge.errors import ConfigError, RunError, StudyError
+from tvmerge.evaluators import score_range
 from tvmerge.files import check_output, local_path, remove_staged, write_text
 from tvmerge.loggers import Loggers, check_loggers, open_loggers
 from tvmerge.models.device import choose_device
@@ -21,6 +22,7 @@ from tvmerge.progress import RunProgress
 from tvmerge.proof import Proof
 from tvmerge.report.page import write_report
 from tvmerge.results import Results, trial_rows
+from tvmerge.samplers import Recommendation
 from tvmerge.scoring import Ask, Scorer, open_questions, open_space, study_plan
 from tvmerge.storage import STORAGE_ERRORS, STUDY_FILE, STUDY_NAME, deletion_is_said, has_study, reason_of, shown_url
 from tvmerge.study import MergeStudy
@@ -106,7 +108,10 @@ def _search(config: SearchConfig, output: Path, device: str, ask: Ask) -> None:
 
 
 def _open_study(config: SearchConfig, output: Path, plan: StudyPlan) -> MergeStudy:
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output_dir {output}: {error.strerror}, name another folder") from error
     return MergeStudy(
         output_dir=output,
         plan=plan,
@@ -205,7 +210,7 @@ class SearchRun:
         heldout = questions.heldout.n_questions if questions.heldout else 0
         progress.note(
             f"{len(scorer.space.ranges)} weights, {questions.search.n_questions} questions per trial, "
-            f"{heldout} held out; {study.n_finished} of {n_trials} trials done"
+            f"{heldout} held out; {study.n_finished} of {max(n_trials, study.n_finished)} trials done"
         )
         reporter = Reporter(self.output, progress)
         self.loggers.log(trial_rows(study.trials()))
@@ -244,9 +249,17 @@ class SearchRun:
             trials=trial_rows(scorer.study.trials()),
             goals=scorer.questions.goals,
             categories=scorer.questions.categories,
-            recommendation=scorer.study.recommended(),
+            recommendation=self._recommendation(),
             heldout=scorer.questions.heldout is not None,
         )
+
+    def _recommendation(self) -> Recommendation | None:
+        """What is recommended, predicted to be no better than if each question scored as the best so far."""
+        study = self.scorer.study
+        recommendation = study.recommended()
+        seen = [score for number in range(study.n_first) for score in study.search_scores(number)]
+        ends = score_range(seen, self.scorer.questions.goals)
+        return recommendation if recommendation is None or ends is None else recommendation.within(*ends)
 
     def _warn_of_idle_tasks(self, progress: RunProgress) -> None:
         """Say which tasks gave every model so far the same scores: they cannot guide the search."""

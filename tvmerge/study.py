@@ -151,8 +151,15 @@ class MergeStudy:
             self._queue.begin()
             self.remember("identity", known := identity)
         different = sorted(key for key in known.keys() | identity.keys() if known.get(key) != identity.get(key))
+        # Other questions follow from other settings, and their digests tell nobody anything.
+        different = [key for key in different if key != "questions"] or different
         if different:
-            was = ", ".join(f"{key} was {known.get(key)!r} and is {identity.get(key)!r}" for key in different)
+            was = ", ".join(
+                "the questions are others"
+                if key == "questions"
+                else f"{key} was {known.get(key)!r} and is {identity.get(key)!r}"
+                for key in different
+            )
             flag = "--output_dir" if self._in_file else "--study_name"
             advice = "" if self._output is None else f": name another {flag}"
             place = self._output if self._in_file else f"study {self._name}"

@@ -93,7 +93,10 @@ def work(config: WorkerConfig) -> None:
 
 def _do_trials(scorer: Scorer) -> None:
     study = scorer.study
-    progress = RunProgress(n_trials=study.recall("n_trials"), n_finished=study.n_finished)
+    n_trials, n_finished = int(study.recall("n_trials")), study.n_finished
+    progress = RunProgress(n_trials=n_trials, n_finished=n_finished)
+    if n_finished >= n_trials:
+        progress.note(f"all {n_finished} trials are done: there is nothing to do")
     try:
         scorer.run_trials(progress, n_trials=lambda: int(study.recall("n_trials")), after=lambda: None)
     finally:

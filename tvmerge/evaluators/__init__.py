@@ -23,6 +23,7 @@ __all__ = [
     "ScoredModel",
     "TaskGoal",
     "mean_score",
+    "score_range",
     "task_scores",
     "task_shares",
     "unscored_questions",
@@ -207,6 +208,21 @@ def mean_score(scores: Iterable[QuestionScore], goals: Goals | None = None) -> f
     terms = [(shares[task], means[task]) for task in shares]
     known = [share * mean for share, mean in terms if mean is not None]
     return math.fsum(known) if known and len(known) == len(terms) else None
+
+
+def score_range(scores: Iterable[QuestionScore], goals: Goals | None = None) -> tuple[float, float] | None:
+    """The least and the greatest score of models whose questions score no worse and no better than these.
+
+    Returns:
+        None if none of a task that has a weight is scored.
+    """
+    by_task: dict[str, list[float]] = {}
+    for each in scores:
+        if each.score is not None:
+            by_task.setdefault(each.task, []).append(each.score)
+    shares = task_shares(by_task, goals or {})
+    ends = [(share * min(by_task[task]), share * max(by_task[task])) for task, share in shares.items() if share]
+    return (math.fsum(map(min, ends)), math.fsum(map(max, ends))) if ends else None
 
 
 def _exp(value: float) -> float:

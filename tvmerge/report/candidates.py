@@ -136,7 +136,7 @@ def heldout_scatter(results: Results) -> Drawn | None:
     return Drawn(
         figure,
         "Below the dashed line a model does worse on questions that the search did not see. Crosses are 95% intervals. "
-        "Of models that the search chose the score that it saw is too high, of the others it is not.",
+        "Of models that the search chose the score that it saw is too high on average, of the others it is not.",
     )
 
 

@@ -159,6 +159,11 @@ but made by {router}, and its values lie in `router.npy`."""
 
 def _per(recipe: Recipe) -> str:
     kind, _, size = recipe.granularity.partition(":")
-    per = {"uniform": "one weight", "all": "one weight per tensor", "block": f"one weight per {size} layers"}
+    per = {
+        "uniform": "one weight",
+        "all": "one weight per tensor",
+        "block": f"one weight per {size} layers",
+        "parameter": "one weight per kind of parameter",
+    }
     split = f", split into {', '.join(map(_line, recipe.weight_groups))}" if recipe.weight_groups else ""
     return per.get(kind, f"one weight per {kind}") + split

@@ -157,7 +157,7 @@ def _upright(axes: Axes, grid: Grid, found: Effects) -> None:
     axes.vlines(at, found.mean - found.half, found.mean + found.half, colors=colours, linewidth=1.2)
     axes.scatter(at, found.mean, s=14, color=colours, linewidths=0, zorder=3)
     columns_of(axes, grid)
-    axes.set_ylabel(f"score at +{STEP}")
+    axes.set_ylabel(f"gain in score, weights +{STEP}")
     heading(axes, "by layer" if any(grid.layers) else "by weight")
 
 
@@ -168,7 +168,7 @@ def _level(axes: Axes, labels: Sequence[str], found: Effects, what: str) -> None
     step = -(-len(labels) // MAX_NAMED)
     axes.set_yticks(range(0, len(labels), step), [shorten(label or "whole layers", 24) for label in labels[::step]])
     axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.set_xlabel(f"score at +{STEP}")
+    axes.set_xlabel(f"gain in score, weights +{STEP}")
     axes.locator_params(axis="x", nbins=4)
     heading(axes, f"by {what}")
 

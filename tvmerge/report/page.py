@@ -134,7 +134,7 @@ def _text(text: object) -> str:
 def _status(results: Results) -> str:
     states = [trial.state for trial in results.trials]
     ended = sum(state in ("complete", "pruned", "failed") for state in states)
-    said = [f"{ended} of {results.n_trials} trials done"]
+    said = [f"{ended} of {max(results.n_trials, ended)} trials done"]
     said += [
         f"{states.count(state)} {state}" for state in ("pruned", "failed", "running", "waiting") if state in states
     ]

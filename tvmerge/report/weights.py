@@ -167,6 +167,7 @@ def _lines(
             ends, label = (filled.min(axis=0), filled.max(axis=0)), f"{name}: least to greatest"
             axes.fill_between(x, *ends, where=layers, color=COLOURS["band"][0], linewidth=0, label=label)
         _line(axes, x, layers, _mean(values), colour=COLOURS_OF_LINES[n], label=name, dots=3.0)
+    axes.set_xlim(-0.5, len(grid.columns) - 0.5)  # that of all parts, whichever weights they have
     columns_of(axes, grid, room=room)
 
 

@@ -31,6 +31,12 @@ class Recommendation:
     score: float | None  # predicted on the questions of the search, without a trial's noise; None: no prediction
     interval: tuple[float, float] | None  # that holds it with 95% probability, if the surface is right
 
+    def within(self, low: float, high: float) -> Recommendation:
+        """The same, with a prediction that can be true: a surface knows no ends."""
+        score = None if self.score is None else min(max(self.score, low), high)
+        ends = None if self.interval is None else (max(self.interval[0], low), min(self.interval[1], high))
+        return replace(self, score=score, interval=ends)
+
 
 def recommend(
     trials: Sequence[FrozenTrial],
