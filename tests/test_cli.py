@@ -264,6 +264,13 @@ def test_a_configuration_with_an_unknown_key_is_refused(
         file.write_text(f"{setting}: null\n")
         given = flags(trio, tmp_path / "out", "--config", str(file))
         assert_refused(given, f"{setting} is null", tmp_path / "out", capsys)
+    file.write_text("holdout: seven\n")
+    message = f"--config {file}: --holdout seven: is not a number"
+    assert_refused(flags(trio, tmp_path / "out", "--config", str(file)), message, tmp_path / "out", capsys)
+    good = tmp_path / "good.yaml"
+    good.write_text("n_trials: 7\n")
+    given = flags(trio, tmp_path / "out", f"--config={good}", "--config", str(file))
+    assert_refused(given, f"--config {good}, {file}: --holdout seven", tmp_path / "out", capsys)
     file.write_text("n_trials: [7\n")
     message = f"--config {file}: Problems parsing config"
     assert_refused(flags(trio, tmp_path / "out", "--config", str(file)), message, tmp_path / "out", capsys)

@@ -145,6 +145,9 @@ def test_the_range_of_a_score_has_the_worst_and_the_best_of_each_task() -> None:
 def test_a_prediction_keeps_within_what_can_be() -> None:
     told = Recommendation({"a": 1.0}, "surface", 1.01, (0.94, 1.08)).within(0.0, 1.0)
     assert told == Recommendation({"a": 1.0}, "surface", 1.0, (0.94, 1.0))
+    # A surface may be wrong altogether; the ends of an interval keep their order.
+    assert Recommendation({}, "surface", 1.5, (1.2, 1.8)).within(0.0, 1.0).interval == (1.0, 1.0)
+    assert Recommendation({}, "surface", -1.5, (-1.8, -1.2)).within(0.0, 1.0).interval == (0.0, 0.0)
     assert Recommendation({}, "best observed", None, None).within(0.0, 1.0).score is None
 
 

@@ -234,7 +234,7 @@ def test_a_low_discrepancy_sequence_is_sobol_s() -> None:
 def test_a_child_has_the_weights_of_two_of_the_better_half() -> None:
     ranges = {f"layers.{n}": FloatDistribution(0.0, 2.0) for n in range(400)}
     trials = study_of("GA", 40, ranges=ranges)
-    inside = [trial for trial in trials if all(0.4 < w < 1.4 for w in trial.user_attrs["weights"].values())]
+    inside = [trial for trial in trials if all(0.9 - BOX < w < 0.9 + BOX for w in trial.user_attrs["weights"].values())]
     best = sorted(inside, key=lambda trial: -trial.values[0])[: POPULATION // 2]
     child = sampler_of("GA", ranges).point(trials, 40)
     # How many of the child's weights each trial has: those of two, but for mutations.

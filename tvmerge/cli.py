@@ -297,12 +297,25 @@ def _complain(command: str, error: Exception | str, *, status: int) -> int:
     return status
 
 
+def _config_files(arguments: Sequence[str]) -> list[str]:
+    after = [*arguments[1:], ""]
+    return [
+        value if separator else next_one
+        for (flag, separator, value), next_one in zip((each.partition("=") for each in arguments), after, strict=True)
+        if flag == "--config"
+    ]
+
+
 def _in_our_words(error: Exception, arguments: Sequence[str]) -> str:
     """What jsonargparse complains of, with flags as people write them, the file, and what may have been meant."""
     text = " ".join(str(error).split())
     command = next((argument for argument in arguments[:1] if argument in COMMANDS), None)
     known = [field.name for field in fields(COMMANDS[command][0])] if command else []
-    if found := re.fullmatch(r"""Parser key "(\w+)": Expected an? (.+?)\. Got value: (.*)""", text):
+    given = dict.fromkeys(argument.partition("=")[0] for argument in arguments)
+    key = re.match(r'Parser key "(\w+)"', text)
+    of_file = text.startswith(("Problems parsing config", "Unexpected config", "Subcommand"))
+    of_file = of_file or (key is not None and f"--{key[1]}" not in given)
+    if found := re.fullmatch(r"""Parser key "(\w+)": Expected an? (.+?)\. Got value: ?(.*)""", text):
         kind = TYPES.get(found[2], found[2])
         if names := re.fullmatch(r"typing\.Literal\[(.*)\]", kind):
             kind = "one of " + names[1].replace("'", "")
@@ -310,12 +323,8 @@ def _in_our_words(error: Exception, arguments: Sequence[str]) -> str:
     text = re.sub(r'^Parser key "(\w+)": ', r"--\1: ", text)
     if text.startswith("the following arguments are required: "):
         text = re.sub(rf"\b{command}\.(\w+)", lambda m: m[1] if m[1] in POSITIONAL else f"--{m[1]}", text)
-    elif text.startswith(("Problems parsing config", "Unexpected config", "Subcommand")) and "--config" in (
-        flags := [argument.partition("=")[0] for argument in arguments]
-    ):
-        at = flags.index("--config")
-        file = arguments[at].partition("=")[2] or " ".join(arguments[at + 1 : at + 2])
-        text = f"--config {file}: {text}"
+    if of_file and "--config" in given:
+        text = f"--config {', '.join(_config_files(arguments))}: {text}"
     if found := re.search(r"(?:unrecognized arguments: --|does not accept option ')(\w+)", text):
         meant = difflib.get_close_matches(found[1], known, n=1)
         text += f": is {meant[0]} meant?" if meant else ""

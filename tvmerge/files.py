@@ -23,8 +23,8 @@ __all__ = [
     "write_text",
 ]
 
-#: Names of files and folders that are being written: with the number of a process, or as tempfile.mkdtemp makes them.
-STAGED = re.compile(r"\..+\.(\d+|[a-z0-9_]{8})\.tmp")
+#: How names of files and folders end that are being written: a number of a process, or as tempfile.mkdtemp has it.
+STAGED = r"\.(\d+|[a-z0-9_]{8})\.tmp"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -75,13 +75,16 @@ def staged_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def remove_staged(directory: Path) -> None:
+def remove_staged(directory: Path, *names: str) -> None:
     """Remove what a kill left of files and folders that were being written into a folder.
 
-    No other process may be at work there.
+    Args:
+        directory: which may not be there.
+        names: of these files and folders, which no other process may be writing; `*` stands for any letters.
     """
+    staged = re.compile("|".join(rf"\.{re.escape(name).replace(re.escape('*'), '.+')}{STAGED}" for name in names))
     for leftover in directory.iterdir() if directory.is_dir() else ():
-        if not STAGED.fullmatch(leftover.name):
+        if not staged.fullmatch(leftover.name):
             continue
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)

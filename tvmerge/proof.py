@@ -25,7 +25,7 @@ from tvmerge.scoring import Scorer, uniform_points
 from tvmerge.search import paired_gain
 from tvmerge.spaces import RECOMMENDED, Column, Proven, Space
 
-__all__ = ["Proof", "choose"]
+__all__ = ["PARETO_FOLDER", "Proof", "choose"]
 
 #: How the names begin of models in scores.jsonl that are of the recommended point.
 OF_RECOMMENDED = (RECOMMENDED, "expert")

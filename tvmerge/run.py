@@ -16,11 +16,12 @@ from tvmerge.config import JglueConfig, MtBenchConfig, SearchConfig
 from tvmerge.errors import ConfigError, RunError, StudyError
 from tvmerge.evaluators import score_range
 from tvmerge.files import check_output, local_path, remove_staged, write_text
-from tvmerge.loggers import Loggers, check_loggers, open_loggers
+from tvmerge.loggers import MEMORY, Loggers, check_loggers, open_loggers
 from tvmerge.models.device import choose_device
 from tvmerge.progress import RunProgress
-from tvmerge.proof import Proof
-from tvmerge.report.page import write_report
+from tvmerge.proof import PARETO_FOLDER, Proof
+from tvmerge.rebuild import ROUTER_FILE
+from tvmerge.report.page import REPORT_FILE, write_report
 from tvmerge.results import Results, trial_rows
 from tvmerge.samplers import Recommendation
 from tvmerge.scoring import Ask, Scorer, open_questions, open_space, study_plan
@@ -32,6 +33,8 @@ __all__ = ["jglue", "mt_bench"]
 
 #: Bytes of weights whose reading takes so long that it is said.
 LONG_TO_READ = 4_000_000_000
+#: What a run writes into its folder, a study aside.
+OF_A_RUN = ("best", PARETO_FOLDER, "config.yaml", "scores.jsonl", REPORT_FILE, "*.png", MEMORY, ROUTER_FILE)
 #: Least seconds between two reports of a run that goes on, and how many times longer than one they are apart.
 REPORT_SECONDS, REPORT_SHARE = 60.0, 20.0
 
@@ -142,7 +145,8 @@ def _study_name(config: SearchConfig, output: Path) -> str:
 
 def _write_down(config: SearchConfig, output: Path, study: MergeStudy) -> None:
     """Write the configuration, for the user and for workers, and remove what a kill left."""
-    remove_staged(output / "best")
+    remove_staged(output, *OF_A_RUN)
+    remove_staged(output / "best", "*")
     resolved = {**_shown(config), "n_trials": max(config.n_trials, study.n_finished)}
     write_text(output / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
     command = "jglue" if isinstance(config, JglueConfig) else "mt_bench"
@@ -254,10 +258,10 @@ class SearchRun:
         )
 
     def _recommendation(self) -> Recommendation | None:
-        """What is recommended, predicted to be no better than if each question scored as the best so far."""
+        """What is recommended, predicted to score no more than if each question got the most that any got so far."""
         study = self.scorer.study
         recommendation = study.recommended()
-        seen = [score for number in range(study.n_first) for score in study.search_scores(number)]
+        seen = [score for result in study.results() for score in study.search_scores(result.number)]
         ends = score_range(seen, self.scorer.questions.goals)
         return recommendation if recommendation is None or ends is None else recommendation.within(*ends)
 

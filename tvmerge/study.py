@@ -95,7 +95,7 @@ class MergeStudy:
         self._lock = None if output_dir is None else _lock(output_dir)
         try:
             if output_dir is not None:
-                remove_staged(output_dir)
+                remove_staged(output_dir, STUDY_FILE)
             self._opened = open_storage(storage or file_url(_known(output_dir) / STUDY_FILE))
             is_new = self._open()
             self._queue = TrialQueue(self._study, self._opened, plan, worker=worker)

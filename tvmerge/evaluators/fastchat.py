@@ -56,8 +56,8 @@ class FastChatFiles:
 
     def keep(self, is_wanted: Callable[[str], bool]) -> None:
         """Drop the answers and judgments of all other models: what a kill left of a trial must not count."""
-        remove_staged(self._answers)
-        remove_staged(self._judgments.parent)
+        for folder in (self._answers, self._judgments.parent):
+            remove_staged(folder, "*.jsonl")
         for path in self._answers.glob("*.jsonl"):
             if not is_wanted(path.stem):
                 path.unlink()

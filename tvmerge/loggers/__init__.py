@@ -33,6 +33,7 @@ from tvmerge.results import Results, TrialRow
 __all__ = [
     "LOGGERS",
     "MAX_SCALARS",
+    "MEMORY",
     "Logger",
     "Loggers",
     "Memory",
@@ -105,6 +106,8 @@ class Memory:
             write_text(self.path, json.dumps({**self._read(), self.name: self.values}) + "\n")
 
 
+#: File that says what each has logged.
+MEMORY = "loggers.json"
 #: Name → module, class, package to import, extra that installs it.
 LOGGERS: Mapping[str, tuple[str, str, str]] = {
     "wandb": ("tvmerge.loggers.wandb", "WandbLogger", "wandb"),
@@ -144,7 +147,7 @@ def open_loggers(names: Sequence[str], *, settings: Mapping[str, Any], folder: P
         module, kind, _ = LOGGERS[name]
 
         def make(module: str = module, kind: str = kind, name: str = name) -> tuple[Logger, Memory]:
-            memory = Memory(folder / "loggers.json", name, lock)
+            memory = Memory(folder / MEMORY, name, lock)
             logger: Logger = getattr(importlib.import_module(module), kind)(public, folder, memory)
             return logger, memory
 

@@ -33,9 +33,10 @@ class Recommendation:
 
     def within(self, low: float, high: float) -> Recommendation:
         """The same, with a prediction that can be true: a surface knows no ends."""
-        score = None if self.score is None else min(max(self.score, low), high)
-        ends = None if self.interval is None else (max(self.interval[0], low), min(self.interval[1], high))
-        return replace(self, score=score, interval=ends)
+        if self.score is None or self.interval is None:
+            return self
+        score, *ends = (min(max(each, low), high) for each in (self.score, *self.interval))
+        return replace(self, score=score, interval=(ends[0], ends[1]))
 
 
 def recommend(
