@@ -31,6 +31,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 TASKS = Path(__file__).parent / "tasks"
+#: Files whose few tests take minutes, which begin first.
+LONGEST = ("test_readme", "test_workers", "test_kills")
 CHARACTERS = "abcdefghij 東京タワー。\n"
 
 
@@ -124,6 +126,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("full"):
                 item.add_marker(pytest.mark.skip(reason="only with --full"))
+    # At the end one of two processes would run them for minutes while the other has nothing left.
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture
