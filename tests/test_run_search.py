@@ -83,11 +83,13 @@ def test_a_trial_that_is_recommended_is_saved_and_not_the_best_observed_one(
     def recommended(study: MergeStudy) -> Recommendation:
         """As happens if the surface's top is the best uniform weight, while a lucky trial scored higher."""
         other = next(result for result in study.results() if result.number not in (0, 1, study.best().number))
-        return Recommendation(other.weights, "surface", None, None)
+        return Recommendation(other.weights, "surface", 1.25, (0.125, 2.0))
 
     monkeypatch.setattr(MergeStudy, "recommended", recommended)
     output = tmp_path / "out"
     assert main(flags(trio, output, "--n_trials", "5")) == 0
+    # Of one of the two tasks no model got a question right: half of them all are the most that any can be seen to get.
+    assert "predicted to score 0.500, 95% interval 0.125 to 0.500" in (output / "report.html").read_text()
     recipe = yaml.safe_load((output / "best" / "recipe.yaml").read_text())
     printed = re.search(r"The saved merge is recommended \(trial (\d)\), of 5 trials", capsys.readouterr().out)
     assert printed is not None

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from optuna.trial import FrozenTrial
 
 from tvmerge.config import JglueConfig, MtBenchConfig, SearchConfig
 from tvmerge.errors import ConfigError, RunError, StudyError
@@ -24,6 +25,7 @@ from tvmerge.rebuild import ROUTER_FILE
 from tvmerge.report.page import REPORT_FILE, write_report
 from tvmerge.results import Results, trial_rows
 from tvmerge.samplers import Recommendation
+from tvmerge.score_log import unpacked
 from tvmerge.scoring import Ask, Scorer, open_questions, open_space, study_plan
 from tvmerge.storage import STORAGE_ERRORS, STUDY_FILE, STUDY_NAME, deletion_is_said, has_study, reason_of, shown_url
 from tvmerge.study import MergeStudy
@@ -246,22 +248,22 @@ class SearchRun:
     def results(self) -> Results:
         """What is known so far."""
         scorer = self.scorer
+        trials = scorer.study.trials()
         return Results(
             name=self.output.resolve().name,
             settings=_shown(scorer.config),
             n_trials=scorer.config.n_trials,
-            trials=trial_rows(scorer.study.trials()),
+            trials=trial_rows(trials),
             goals=scorer.questions.goals,
             categories=scorer.questions.categories,
-            recommendation=self._recommendation(),
+            recommendation=self._recommendation(trials),
             heldout=scorer.questions.heldout is not None,
         )
 
-    def _recommendation(self) -> Recommendation | None:
+    def _recommendation(self, trials: Sequence[FrozenTrial]) -> Recommendation | None:
         """What is recommended, predicted to score no more than if each question got the most that any got so far."""
-        study = self.scorer.study
-        recommendation = study.recommended()
-        seen = [score for result in study.results() for score in study.search_scores(result.number)]
+        recommendation = self.scorer.study.recommended()
+        seen = (score for trial in trials for score in unpacked(trial.user_attrs.get("scores", [])))
         ends = score_range(seen, self.scorer.questions.goals)
         return recommendation if recommendation is None or ends is None else recommendation.within(*ends)
 
